@@ -1,0 +1,259 @@
+"""The typed configuration of a run: a YAML recipe and `key.sub=value` overrides, checked before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A recipe or override that cannot be used; the message names the file and the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VisionConfig(_Section):
+    image_size: int = Field(256, gt=0)  # pixels
+    patch_size: int = Field(16, gt=0)
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=0)
+    heads: int = Field(12, gt=0)
+    mlp_ratio: float = Field(4.0, gt=0)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    weights: str | None = None  # timm's name or a local file; None: random
+
+
+class TextConfig(_Section):
+    vocab_size: int = Field(30522, gt=0)
+    width: int = Field(768, gt=0)
+    layers: int = Field(12, gt=1)
+    fusion_layer: int = Field(6, gt=0)  # the first layer with cross-attention
+    heads: int = Field(12, gt=0)
+    mlp_width: int = Field(3072, gt=0)
+    max_positions: int = Field(512, gt=0)
+    type_vocab_size: int = Field(2, gt=0)
+    layer_norm_eps: float = 1e-12
+    dropout: float = Field(0.1, ge=0, lt=1)
+    attention_dropout: float = Field(0.1, ge=0, lt=1)
+    pad_token_id: int = 0
+    weights: str | None = None  # Hugging Face's name or a local folder; None: random
+
+
+class ModelConfig(_Section):
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    embed_dim: int = Field(256, gt=0)
+    queue_size: int = Field(65536, gt=0)
+    momentum: float = Field(0.995, ge=0, le=1)
+    teacher_dropout: bool = True  # the reference's teacher keeps dropout on
+    temperature: float = Field(0.07, gt=0)
+    temperature_min: float = Field(0.001, gt=0)
+    temperature_max: float = Field(0.5, gt=0)
+    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
+    weights: str | None = None  # an ALBEF checkpoint of the reference's form to start from
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for name, part in (("vision", self.vision), ("text", self.text)):
+            if part.width % part.heads:
+                raise ValueError(f"{name}.width {part.width} is not a multiple of {name}.heads {part.heads}")
+        if not self.temperature_min <= self.temperature <= self.temperature_max:
+            raise ValueError("temperature must lie between temperature_min and temperature_max")
+        return self
+
+
+class AugmentConfig(_Section):
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a random crop keeps
+    horizontal_flip: bool = True
+    randaugment: bool = True
+
+
+class DataConfig(_Section):
+    train: tuple[str, ...] = ()  # annotation files of the reference's form
+    test: str | None = None  # retrieval annotations, evaluated at the end
+    image_root: str | None = None  # what relative image paths start from; None: the annotation file's folder
+    tokenizer: str = "bert-base-uncased"  # a hub name, a folder or a vocab.txt
+    sep_token: bool = False  # the reference's tokenizer emits no [SEP]
+    max_words: int = Field(30, gt=0)
+    max_tokens: int = Field(25, gt=1)
+    mlm_probability: float = Field(0.15, ge=0, le=1)
+    augment: AugmentConfig = AugmentConfig()
+    workers: int = Field(4, ge=0)  # loader processes a rank
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class ScheduleConfig(_Section):
+    name: Literal["reference", "paper", "constant"] = "reference"
+    min_lr: float = Field(1e-5, ge=0)
+    warmup_lr: float = Field(1e-5, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)  # None: the schedule's own (reference 2,000, paper 1,000)
+
+
+class TrainConfig(_Section):
+    epochs: int = Field(30, gt=0)
+    max_steps: int | None = Field(None, gt=0)  # ends earlier (or goes on longer) than the epochs say
+    global_batch: int = Field(512, gt=0)  # samples an optimiser step, over all ranks
+    micro_batch: int | None = Field(None, gt=0)  # samples a forward pass of one rank; None: global_batch / ranks
+    clip: float = Field(0.0, ge=0)  # largest gradient norm; 0: no clipping, as the reference
+    activation_checkpointing: bool = False
+    alpha: float = Field(0.4, ge=0, le=1)  # weight of the teacher's soft targets
+    alpha_ramp_epochs: float = Field(1.0, ge=0)
+    deepspeed: str = "zero2_a100_40gb"  # a file, or a name in ds_configs/
+    seed: int = 42
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(1000, gt=0)  # steps
+    keep: int = Field(2, gt=0)  # complete ones; the last is always kept
+    resume: str | None = "auto"  # auto: the newest complete one of this run; none: start afresh; or a folder
+
+
+class LogConfig(_Section):
+    every: int = Field(50, gt=0)  # steps
+    report: bool = True
+
+
+class EvaluationConfig(_Section):
+    k_test: int = Field(128, gt=0)  # candidates a query that ITM ranks again
+
+
+class Config(_Section):
+    """A run. The recipes in albef_ds/configs show every section in use."""
+
+    task: Literal["pretraining"] = "pretraining"
+    output_dir: str = "runs/pretraining"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class BatchPlan(_Section):
+    """How the global batch divides over ranks, micro-batches and accumulation."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch} samples a step = {self.micro_batch} a forward pass x {self.accumulation} accumulated "
+            f"x {self.world_size} ranks"
+        )
+
+
+def plan_batches(config: Config, world_size: int) -> BatchPlan:
+    """Raises ConfigError where the numbers do not divide, or where a step's features would not fit the queue."""
+    batch = config.train.global_batch
+    if batch % world_size:
+        raise ConfigError(f"train.global_batch {batch} does not divide over {world_size} ranks")
+    micro = config.train.micro_batch or batch // world_size
+    if (batch // world_size) % micro:
+        raise ConfigError(
+            f"train.micro_batch {micro} does not divide a rank's share of {batch // world_size} samples "
+            f"(train.global_batch {batch} over {world_size} ranks)"
+        )
+    if batch > config.model.queue_size:
+        raise ConfigError(
+            f"train.global_batch {batch} is larger than model.queue_size {config.model.queue_size}: a step's features "
+            "would not fit; raise the one or lower the other"
+        )
+    return BatchPlan(
+        global_batch=batch, micro_batch=micro, accumulation=batch // world_size // micro, world_size=world_size
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies `key.sub=value` overrides (values are YAML).
+
+    Args:
+        path: a YAML file, or the name of a recipe that ships with the package.
+
+    Raises:
+        ConfigError: naming the file and the key, with the nearest known key where one is unknown.
+    """
+    file = find_named(path, Path(__file__).parent / "configs", ".yaml")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: a recipe is a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(file, e) for e in error.errors())) from None
+
+
+def find_named(path: str | Path, folder: Path, suffix: str) -> Path:
+    """`path` itself where it is a file, else folder/path.suffix; ConfigError lists what there is."""
+    candidates = [Path(path), folder / f"{path}{suffix}", folder / str(path)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.stem for p in folder.glob(f"*{suffix}"))
+    raise ConfigError(f"{path}: no such file, nor one of {', '.join(known)}{_suggest(str(path), known)}")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value, e.g. optimizer.lr=1e-4")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        raw[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def _explain(file: Path, error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"{file}: unknown key {key!r}{_suggest(key, _all_keys(Config))}"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(error["input"], dict | BaseModel) else f", got {error['input']!r}"
+    return f"{file}: {key}: {message}{shown}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    # The same leaf in another section is the commonest slip, a typing error in the leaf the next.
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,162 @@
+"""Pre-training batches from image files, with Pillow and torch's DataLoader: runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from albef_ds.data.annotations import Annotation
+from albef_ds.data.batch import PretrainingBatch
+from albef_ds.data.images import ImageError, decode_image
+from albef_ds.data.masking import MaskedText, pack_masked
+from albef_ds.data.order import SampleOrder, sample_rng
+from albef_ds.data.text_pipeline import TextPipeline
+from albef_ds.data.tokenizer import CaptionTokenizer
+
+MAX_REPLACEMENTS = 20
+
+Transform = Callable[[Image.Image, np.random.Generator], Tensor]
+
+
+class UnreadableImagesError(RuntimeError):
+    """So many images in a row cannot be read that something is wrong with all of them."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    image: Tensor  # [3, R, R] float32
+    text: MaskedText
+    key: str
+    rejected: tuple[tuple[str, str], ...]  # (key, reason) of the samples whose place it takes
+
+
+@dataclass(frozen=True)
+class _PretrainingSamples(Dataset):
+    """What a worker needs: (epoch, index) -> sample, as a function of these alone."""
+
+    annotations: Sequence[Annotation]
+    text: TextPipeline
+    transform: Transform
+    seed: int
+
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> _Sample:
+        epoch, index = epoch_and_index
+        rng = sample_rng(self.seed, epoch, index)
+        annotation, image, rejected = self._readable(index, rng)
+        text = self.text(annotation.captions, rng)
+        return _Sample(self.transform(image, rng), text, annotation.key, rejected)
+
+    def _readable(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[Annotation, Image.Image, tuple[tuple[str, str], ...]]:
+        """The sample, or another drawn in its place as often as an image cannot be read."""
+        rejected = []
+        for _ in range(1 + MAX_REPLACEMENTS):
+            annotation = self.annotations[index]
+            try:
+                return annotation, decode_image(annotation.image, key=annotation.key), tuple(rejected)
+            except ImageError as error:
+                rejected.append((error.key, error.reason))
+            index = int(rng.integers(len(self.annotations)))
+        examples = "; ".join(f"{key}: {reason}" for key, reason in rejected[:3])
+        raise UnreadableImagesError(
+            f"images cannot be read: {len(rejected)} drawn one after another all failed, such as {examples}; "
+            f"check that image paths (here {annotation.image}) and the image root are right"
+        )
+
+
+def _collate(samples: list[_Sample]) -> PretrainingBatch:
+    text, masked = pack_masked([sample.text for sample in samples])
+    return PretrainingBatch(
+        images=torch.stack([sample.image for sample in samples]),
+        text=text,
+        masked=masked,
+        keys=tuple(sample.key for sample in samples),
+        rejected=tuple(r for sample in samples for r in sample.rejected),
+    )
+
+
+class PretrainingLoader:
+    """This rank's micro-batches, endlessly, from any optimiser step on.
+
+    annotations: a sequence of `Annotation`, see `read_pairs`.
+    transform: (PIL RGB image, numpy Generator) -> [3, R, R] float32, see `TrainTransform`.
+    micro_batch: samples of one rank in one forward pass; a step has micro_batch x accumulation x world_size.
+    workers: processes that prepare batches; 0: in this process. prefetch: batches each of them prepares ahead.
+
+    Which samples a step has follows `SampleOrder`; everything random about a sample comes from (seed, epoch, index). So
+    neither workers nor ranks nor where a run was interrupted change any batch, and the position is the step number.
+    An image that cannot be read is replaced by another, and named in `batch.rejected`.
+
+    Raises ValueError where the data do not fill one global batch, and while iterating UnreadableImagesError where 20
+    replacements of one sample in a row cannot be read either.
+    """
+
+    def __init__(
+        self,
+        annotations: Sequence[Annotation],
+        tokenizer: CaptionTokenizer,
+        transform: Transform,
+        *,
+        micro_batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        max_words: int = 30,
+        max_tokens: int = 25,
+        mlm_probability: float = 0.15,
+        workers: int = 0,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        self.order = SampleOrder(len(annotations), micro_batch, accumulation, rank, world_size, seed)
+        text = TextPipeline(tokenizer, max_words, max_tokens, mlm_probability)
+        self._samples = _PretrainingSamples(annotations, text, transform, seed)
+        self._workers = workers
+        self._pin_memory = pin_memory and torch.cuda.is_available()  # there is nothing to pin for otherwise
+        self._prefetch = prefetch if workers else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps; samples that do not fill the last one are left out, others in each epoch."""
+        return self.order.steps_per_epoch
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch of optimiser step `step`, both counted from 0."""
+        return self.order.epoch_of(step)
+
+    def batches(self, start_step: int = 0) -> Iterator[PretrainingBatch]:
+        """Endless micro-batches, `accumulation` of them a step, beginning with the first of `start_step`.
+
+        Worker processes start here and live as long as the iterator, through all epochs.
+        """
+        if start_step < 0:
+            raise ValueError(f"start_step is {start_step}: expected 0 or more")
+        return iter(
+            DataLoader(
+                self._samples,
+                batch_sampler=_From(self.order, start_step),
+                collate_fn=_collate,
+                num_workers=self._workers,  # torch gives each of them a single thread
+                pin_memory=self._pin_memory,
+                prefetch_factor=self._prefetch,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _From:
+    """The DataLoader's batch sampler: the order from a step on."""
+
+    order: SampleOrder
+    start_step: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.order.micro_batches(self.start_step)

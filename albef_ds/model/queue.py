@@ -1,0 +1,55 @@
+"""The momentum queues: the teacher's features of earlier batches, which ITC contrasts against."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeatureQueue(nn.Module):
+    """Two ring buffers [M, D] and one write pointer on the device.
+
+    Stored row by row (the reference keeps [D, M]), so that a batch is written as one contiguous piece and the loss
+    kernel reads whole features. Any length takes any batch: writing wraps round the end.
+    """
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"model.queue_size must be at least 1, got {length}")
+        # As in the reference the queue starts as random unit vectors, which count as negatives from the first step.
+        self.register_buffer("image", F.normalize(torch.randn(length, width), dim=1))
+        self.register_buffer("text", F.normalize(torch.randn(length, width), dim=1))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def length(self) -> int:
+        return self.image.shape[0]
+
+    @torch.no_grad()
+    def enqueue(self, image_feat: Tensor, text_feat: Tensor) -> None:
+        """Overwrites the oldest rows with features [B, D] of all ranks; equal on every rank.
+
+        Raises:
+            ValueError: B exceeds the queue's length.
+        """
+        batch = image_feat.shape[0]
+        if batch > self.length:
+            raise ValueError(f"a batch of {batch} features does not fit the queue of {self.length}; raise model.queue_size")
+        rows = (self.pointer + torch.arange(batch, device=self.pointer.device)) % self.length
+        self.image.index_copy_(0, rows, image_feat.to(self.image.dtype))
+        self.text.index_copy_(0, rows, text_feat.to(self.text.dtype))
+        self.pointer.add_(batch).remainder_(self.length)
+
+
+@torch.no_grad()
+def gather_features(image_feat: Tensor, text_feat: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, D] of this rank to [world * B, D] of all, in rank order, both in one collective; no gradient."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return image_feat, text_feat
+    local = torch.stack([image_feat, text_feat])  # [2, B, D]
+    gathered = local.new_empty(dist.get_world_size(), *local.shape)
+    dist.all_gather_into_tensor(gathered, local)
+    return gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)

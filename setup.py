@@ -1,0 +1,43 @@
+"""Installs albef_ds; the folder kernels/ becomes the package albef_ds.kernels (see README)."""
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "torch>=2.6,<2.13",
+    "torchvision>=0.21",
+    "deepspeed>=0.19.4,<0.20",
+    "timm>=1.0.20",
+    "transformers>=4.48,<6",
+    "tokenizers>=0.21",
+    "safetensors>=0.4",
+    "pydantic>=2.6",
+    "pyyaml>=6",
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "tqdm>=4.66",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "ninja",  # DeepSpeed builds its CPU communication operator with it
+]
+
+setup(
+    name="albef_ds",
+    version="0.1.0",
+    description="ALBEF (Align before Fuse) on DeepSpeed ZeRO-2, Triton, FlashAttention and DALI",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # A top-level package called `kernels` would collide with Hugging Face's of that name.
+    packages=[*find_packages(include=["albef_ds", "albef_ds.*"]), "albef_ds.kernels"],
+    package_dir={"albef_ds": "albef_ds", "albef_ds.kernels": "kernels"},
+    package_data={"albef_ds": ["configs/*.yaml"]},
+    install_requires=RUNTIME,
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0"],
+        "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "flash": ["flash-attn>=2.7"],
+        # Triton 3.6's interpreter, which runs the kernel tests on a CPU, fails with numpy 2.4.
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff>=0.8", "pre-commit", "numpy<2.4", "scipy"],
+    },
+)
