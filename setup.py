@@ -29,9 +29,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # A top-level package called `kernels` would collide with Hugging Face's of that name.
-    packages=[*find_packages(include=["albef_ds", "albef_ds.*"]), "albef_ds.kernels"],
-    package_dir={"albef_ds": "albef_ds", "albef_ds.kernels": "kernels"},
-    package_data={"albef_ds": ["configs/*.yaml"]},
+    packages=[*find_packages(include=["albef_ds", "albef_ds.*"]), "albef_ds.kernels", "albef_ds.ds_configs"],
+    package_dir={"albef_ds": "albef_ds", "albef_ds.kernels": "kernels", "albef_ds.ds_configs": "ds_configs"},
+    package_data={"albef_ds": ["configs/*.yaml"], "albef_ds.ds_configs": ["*.json", "*.md"]},
     install_requires=RUNTIME,
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0"],

@@ -31,7 +31,7 @@ class VisionConfig(_Section):
 
 
 class TextConfig(_Section):
-    vocab_size: int = Field(30522, gt=0)
+    vocab_size: int | None = Field(None, gt=0)  # None: the tokenizer's
     width: int = Field(768, gt=0)
     layers: int = Field(12, gt=1)
     fusion_layer: int = Field(6, gt=0)  # the first layer with cross-attention

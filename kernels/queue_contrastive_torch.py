@@ -34,7 +34,7 @@ def forward(
     loss = (i2t + t2i) / 2
     if not with_grad:
         return loss, sim_i2t, sim_t2i, *(loss.new_empty(0) for _ in range(3))
-    # S = feat @ bank / tau, hence dS/dtau = -S / tau and the sum collapses onto the features.
+    # S = feat @ bank / tau, hence dS/dtau = -S / tau, and the sum over the bank collapses onto the features.
     d_tau = -((image * d_image).sum() + (text * d_text).sum()) / tau
     return loss, sim_i2t, sim_t2i, d_image, d_text, d_tau.reshape(temperature.shape)
 

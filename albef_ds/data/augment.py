@@ -2,7 +2,9 @@
 
 Sources: dataset/__init__.py and dataset/randaugment.py of the reference. Its RandAugment computes with OpenCV, this one
 with Pillow: geometry is the same to the sub-pixel (OpenCV puts pixel centres at whole numbers, Pillow at halves; see
-`_affine`), values differ by rounding.
+`_affine`), values differ by rounding, and at the edge of what a shear or rotation leaves empty.
+One thing is not copied: the reference's AutoContrast negates an unsigned byte, so that a channel whose darkest value is
+not 0 turns white all over. Here it stretches the contrast, as its comment there says it should.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+_MEAN, _STD = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 _FILL = (128, 128, 128)
 _NUM_OPS = 2
 _PROBABILITY = 0.5
@@ -69,8 +72,7 @@ class EvalTransform:
 def normalise(image: Image.Image) -> Tensor:
     """PIL RGB image -> [3, H, W] float32 with CLIP's mean and standard deviation taken out."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W, 3]
-    pixels = pixels.permute(2, 0, 1).contiguous().div_(255)
-    return pixels.sub_(torch.tensor(MEAN).view(3, 1, 1)).div_(torch.tensor(STD).view(3, 1, 1))
+    return pixels.permute(2, 0, 1).contiguous().div_(255).sub_(_MEAN).div_(_STD)
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class _Movable:
+class Movable:
     """Moves every tensor field (and nested movable) to a device, or into pinned memory."""
 
     def _map(self, fn):
@@ -18,19 +18,23 @@ class _Movable:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 changed[f.name] = fn(value)
-            elif isinstance(value, _Movable):
+            elif isinstance(value, Movable):
                 changed[f.name] = value._map(fn)
         return replace(self, **changed)
 
     def to(self, device, non_blocking: bool = True):
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def record_stream(self, stream) -> None:
+        """Tells CUDA's allocator that `stream` uses every tensor here."""
+        self._map(lambda t: (t.record_stream(stream), t)[1])
+
     def pin_memory(self):  # torch's DataLoader calls this on custom batch types
         return self._map(lambda t: t.pin_memory())
 
 
 @dataclass(frozen=True)
-class PackedText(_Movable):
+class PackedText(Movable):
     """B texts of T tokens in all, one after another.
 
     `max_length` is a host number, so that nothing on the device needs to be asked for it.
@@ -72,7 +76,7 @@ class PackedText(_Movable):
 
 
 @dataclass(frozen=True)
-class MaskedTokens(_Movable):
+class MaskedTokens(Movable):
     """Masked language modelling over a PackedText: what replaces its ids, and what is to be guessed.
 
     Positions are host-counted (P is known without asking the device), so the MLM head runs on them alone.
@@ -84,7 +88,7 @@ class MaskedTokens(_Movable):
 
 
 @dataclass(frozen=True)
-class PretrainingBatch(_Movable):
+class PretrainingBatch(Movable):
     """What one pre-training micro-batch of one rank consists of."""
 
     images: Tensor  # [B, 3, R, R] float, normalised

@@ -147,6 +147,8 @@ class PretrainingLoader:
                 num_workers=self._workers,  # torch gives each of them a single thread
                 pin_memory=self._pin_memory,
                 prefetch_factor=self._prefetch,
+                # Its own: from torch's global generator it would take a number, and shift the model's dropout.
+                generator=torch.Generator(),
             )
         )
 

@@ -49,7 +49,9 @@ def gather_features(image_feat: Tensor, text_feat: Tensor) -> tuple[Tensor, Tens
     """[B, D] of this rank to [world * B, D] of all, in rank order, both in one collective; no gradient."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return image_feat, text_feat
-    local = torch.stack([image_feat, text_feat])  # [2, B, D]
-    gathered = local.new_empty(dist.get_world_size(), *local.shape)
+    world, (batch, width) = dist.get_world_size(), image_feat.shape
+    local = torch.cat([image_feat, text_feat])  # [2 * B, D]
+    gathered = local.new_empty(world * 2 * batch, width)
     dist.all_gather_into_tensor(gathered, local)
-    return gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)
+    images, texts = gathered.view(world, 2, batch, width).unbind(1)
+    return images.flatten(0, 1), texts.flatten(0, 1)

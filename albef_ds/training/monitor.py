@@ -126,7 +126,7 @@ class Monitor:
         self._values.add({k: v for k, v in values.items() if k not in LATEST})
         if self._bar is not None:
             self._bar.update(1)
-        if step % self.log_every == 0 or step == self.total_steps:
+        if step % self.log_every == 0:
             self.flush()
 
     def flush(self) -> None:

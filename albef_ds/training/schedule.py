@@ -66,8 +66,6 @@ class ReferenceSchedule:
         if epoch > 0:
             # Past the planned epochs the reference's scheduler (cycle_limit 1) stays at its minimum.
             return _cosine(self.lr, self.min_lr, epoch / self.epochs) if epoch < self.epochs else self.min_lr
-        if self.warmup_steps == 0:
-            return self.lr
         stair = max(iteration - 1, 0) // REFERENCE_STRIDE  # the last stair set before this iteration
         stairs = self.warmup_steps // REFERENCE_STRIDE
         if stair >= stairs:

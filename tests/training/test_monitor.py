@@ -178,10 +178,24 @@ def test_tensorboard_events_hold_every_series(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss/itc")] == [(5, 3.0), (10, 8.0)]
 
 
+def test_tensorboard_forgets_what_a_killed_run_did_after_the_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = make(tmp_path, total_steps=20)
+    run(killed, 1, 15)
+    killed._events.flush()
+    resumed = make(tmp_path, total_steps=20, start_step=5)
+    run(resumed, 6, 10)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/itc")] == [5, 10]
+
+
 def test_other_ranks_write_no_metrics_and_read_nothing(tmp_path, capsys):
     monitor = make(tmp_path, rank=1)
     with HostReads() as reads:
         run(monitor, 1, 10)
+        monitor.flush()
     assert monitor.close() == {}
     assert reads.count == 0
     assert list(tmp_path.iterdir()) == []
@@ -204,6 +218,7 @@ def test_rejected_samples_of_all_ranks_are_listed_once_and_warned_about_sparingl
     again = make(tmp_path, start_step=5)
     again.rejected([("a.jpg", "truncated")])
     assert again.close()["rejected"] == 152
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 152
 
 
 def test_log_every_must_be_positive(tmp_path):

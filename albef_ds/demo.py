@@ -1,0 +1,68 @@
+"""The demo: makes Shapes World, starts the deepspeed launcher on the recipe demo.yaml, and says what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from albef_ds.data.shapes_world import write_shapes_world
+
+IMAGES, TEST_IMAGES, SEED = 8000, 256, 0
+
+
+def demo(output: Path, ranks: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Runs all of it; returns the launcher's exit status."""
+    started = time.perf_counter()
+    world = write_shapes_world(output / "data", IMAGES, TEST_IMAGES, seed=SEED)
+    print(f"data: {IMAGES} training and {TEST_IMAGES} test images in {world.root} ({time.perf_counter() - started:.0f} s)")
+    paths = [f"data.train=[{world.train}]", f"data.test={world.test}", f"data.tokenizer={world.vocab}"]
+    settings = [f"output_dir={output}", *paths, f"train.deepspeed={machine()}", *overrides]
+    status = subprocess.run([*launcher(ranks), "--module", "albef_ds.train", "demo", *settings], env=environment()).returncode
+    if status == 0:
+        print(summary(output, time.perf_counter() - started))
+    return status
+
+
+def machine() -> str:
+    """The DeepSpeed configuration that fits what is here."""
+    if torch.cuda.is_available():
+        return "zero2_a100_40gb"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "zero2_cpu_bf16" if has_bf16 else "zero2_cpu"
+
+
+def launcher(ranks: int | None) -> list[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    if torch.cuda.is_available():
+        return [deepspeed, "--num_gpus", str(ranks or torch.cuda.device_count())]
+    return [deepspeed, "--num_accelerators", str(ranks or 2)]
+
+
+def environment() -> dict[str, str]:
+    """Without a GPU: DeepSpeed told so, and the cores divided among the ranks."""
+    env = dict(os.environ)
+    # DeepSpeed builds its operators with the tools of this environment (ninja), whether or not it is activated.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    return env
+
+
+def summary(output: Path, seconds: float) -> str:
+    found = json.loads((output / "summary.json").read_text())
+    lines = [f"demo: {found['steps']} steps, {found['samples_per_s']:.0f} samples/s, {seconds:.0f} s in all"]
+    for name, label in (("itc", "ITC alone"), ("itm", "re-ranked by ITM")):
+        scores = found["retrieval"][name]
+        lines.append(
+            f"  {label:17} TR@1 {scores['tr@1']:5.1f}  TR@10 {scores['tr@10']:5.1f}   "
+            f"IR@1 {scores['ir@1']:5.1f}  IR@10 {scores['ir@10']:5.1f}"
+        )
+    return "\n".join([*lines, f"  report:     {output / 'report.html'}", f"  checkpoint: {output / 'checkpoints'}"])

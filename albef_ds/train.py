@@ -1,0 +1,277 @@
+"""Trains what a recipe describes; started by the deepspeed launcher, one process a GPU.
+
+    deepspeed --module albef_ds.train RECIPE.yaml [key.sub=value ...] [--dry-run] [--resume auto|none|FOLDER]
+              [--deepspeed_config FILE]
+
+RECIPE is a file or the name of one in albef_ds/configs. `--dry-run` builds everything, does one step on made-up data and
+prints the batch arithmetic and the memory. Without the launcher it runs as a single process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
+from albef_ds.data.annotations import AnnotationError
+from albef_ds.data.tokenizer import TokenizerError
+from albef_ds.model.reference_weights import WeightsError
+from albef_ds.training.checkpoint import CheckpointError, write_atomically
+from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
+
+log = logging.getLogger("albef_ds")
+
+USER_ERRORS = (ConfigError, DeepSpeedConfigError, AnnotationError, TokenizerError, WeightsError, CheckpointError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    logging.basicConfig(
+        level=logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        config = load_config(args.recipe, args.overrides)
+        run = Run(config, args.deepspeed_config)
+        return run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume)
+    except USER_ERRORS as error:
+        print(f"albef_ds: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="albef_ds.train", description="Trains what a recipe describes.")
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe in albef_ds/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="build all, do one synthetic step, print sizes")
+    parser.add_argument("--resume", help="auto, none, or a checkpoint's folder (default: the recipe's checkpoint.resume)")
+    parser.add_argument("--deepspeed_config", help="a DeepSpeed JSON, or the name of one in ds_configs")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_args(argv)
+
+
+class Run:
+    """Everything of one run, built in the order in which a mistake is cheapest to find."""
+
+    def __init__(self, config: Config, deepspeed_config: str | None = None):
+        from albef_ds.data.tokenizer import load_tokenizer
+        from albef_ds.training.engine import build_engine, engine_config, init_distributed
+
+        ds_file = find_named(deepspeed_config or config.train.deepspeed, deepspeed_folder(), ".json")
+        ds_json = load_deepspeed_config(ds_file)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
+        self.config = config = with_vocabulary(config, tokenizer.vocab_size)
+        self.tokenizer = tokenizer
+        self.rank, self.world_size, self.device = init_distributed()
+        self.batch_plan: BatchPlan = plan_batches(config, self.world_size)
+        self.ds_config = engine_config(ds_json, self.batch_plan, config.train.clip)
+        log.info("DeepSpeed configuration: %s", ds_file)
+
+        seed_all(config.train.seed)  # equal on all ranks: they must build the same weights and queues
+        task = build_task(config).to(self.device)
+        self.engine = build_engine(task, config.optimizer, self.ds_config)
+        seed_all(config.train.seed + 1 + self.rank)  # different: dropout and negatives are each rank's own
+        log.info("%s; %s", self.batch_plan, self.device)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume: str | None) -> int:
+        from albef_ds.data.annotations import read_pairs
+        from albef_ds.data.prefetch import on_device
+        from albef_ds.training.checkpoint import Checkpoints
+        from albef_ds.training.loop import Plan, train
+        from albef_ds.training.monitor import Monitor, peak_flops_of
+        from albef_ds.training.schedule import alpha_ramp
+
+        config, out = self.config, Path(self.config.output_dir)
+        if not config.data.train:
+            raise ConfigError("data.train is empty: name the annotation files to train on")
+        annotations = read_pairs(config.data.train, config.data.image_root)
+        loader = self.loader(annotations)
+        total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
+        if self.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / "config.yaml", config.to_yaml())
+        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint.keep, self.identity())
+        start = self.resume(checkpoints, resume)
+        ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
+        plan = Plan(
+            start_step=start,
+            total_steps=total,
+            accumulation=self.batch_plan.accumulation,
+            learning_rate=self.learning_rate(loader.steps_per_epoch, total),
+            alpha=lambda step: alpha_ramp(step, *ramp),
+            checkpoint_every=config.checkpoint.every,
+            log_every=config.log.every,
+        )
+        log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
+        monitor = Monitor(
+            out,
+            rank=self.rank,
+            total_steps=total,
+            start_step=start,
+            samples_per_step=self.batch_plan.global_batch,
+            peak_flops=peak_flops_of(self.device),
+            log_every=config.log.every,
+        )
+        monitor.rejected(annotations.rejected if self.rank == 0 else ())
+        if start < total:
+            train(self.engine, on_device(loader.batches(start), self.device), plan, monitor, checkpoints)
+        self.finish(monitor.close())
+        return 0
+
+    def learning_rate(self, steps_per_epoch: int, total_steps: int):
+        from albef_ds.training.schedule import build_schedule
+
+        schedule = self.config.schedule
+        warmup = {"reference": 2000, "paper": 1000, "constant": 0}[schedule.name]
+        try:
+            return build_schedule(
+                schedule.name,
+                lr=self.config.optimizer.lr,
+                min_lr=schedule.min_lr,
+                warmup_lr=schedule.warmup_lr,
+                warmup_steps=warmup if schedule.warmup_steps is None else schedule.warmup_steps,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
+                epochs=self.config.train.epochs,
+            )
+        except ValueError as error:
+            raise ConfigError(f"schedule: {error}") from error
+
+    def loader(self, annotations):
+        from albef_ds.data.augment import TrainTransform
+        from albef_ds.data.torch_loader import PretrainingLoader
+
+        data, plan = self.config.data, self.batch_plan
+        try:
+            return PretrainingLoader(
+                annotations,
+                self.tokenizer,
+                TrainTransform(
+                    self.config.model.vision.image_size,
+                    scale=data.augment.crop_scale,
+                    horizontal_flip=data.augment.horizontal_flip,
+                    randaugment=data.augment.randaugment,
+                ),
+                micro_batch=plan.micro_batch,
+                accumulation=plan.accumulation,
+                rank=self.rank,
+                world_size=self.world_size,
+                seed=self.config.train.seed,
+                max_words=data.max_words,
+                max_tokens=data.max_tokens,
+                mlm_probability=data.mlm_probability,
+                workers=data.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def resume(self, checkpoints, wanted: str | None) -> int:
+        """Restores what `wanted` says (auto, none or a folder); returns the number of steps done."""
+        if wanted in (None, "none"):
+            return 0
+        folder = checkpoints.newest() if wanted == "auto" else Path(wanted)
+        if folder is None:
+            return 0
+        step = checkpoints.load(self.engine, folder)
+        log.info("resumed from %s, after step %d", folder, step)
+        return step
+
+    def identity(self) -> dict:
+        """What a resumed run must share with the one it continues."""
+        config = self.config.model_dump(mode="json")
+        sections = {key: config[key] for key in ("task", "model", "optimizer")}
+        sections["train"] = {key: config["train"][key] for key in ("global_batch", "seed")}
+        return sections
+
+    def finish(self, summary: dict) -> None:
+        """Evaluates, and writes summary.json, the reference-form weights and the report."""
+        from albef_ds.model.reference_weights import to_reference
+
+        out = Path(self.config.output_dir)
+        examples = None
+        if self.config.data.test:
+            from albef_ds.evaluation.retrieval import evaluate_recipe
+
+            result = evaluate_recipe(self.engine.module.model, self.config, self.tokenizer, self.device)
+            summary["retrieval"], examples = result.metrics, result.examples
+        if self.rank != 0:
+            return
+        task = self.engine.module
+        torch.save({"model": to_reference(task.model, task.teacher, task.queue)}, out / "albef.pth")
+        write_atomically(out / "summary.json", json.dumps(summary, indent=1))
+        if self.config.log.report:
+            from albef_ds.training.report import write_report
+
+            print(f"report:     {write_report(out, samples=examples)}")
+        print(f"weights:    {out / 'albef.pth'}")
+        print(f"checkpoint: {out / 'checkpoints'}")
+
+    # -- dry run -----------------------------------------------------------------------------------------------------
+
+    def dry(self) -> int:
+        from albef_ds.training.dry_run import describe
+
+        text = describe(self.engine, self.config, self.batch_plan, self.tokenizer, self.device)
+        if self.rank == 0:
+            print(text)
+        return 0
+
+
+def build_task(config: Config):
+    """The task with its starting weights, on the CPU."""
+    from albef_ds.model.reference_weights import load_bert, load_reference, load_timm, read_state_dict
+    from albef_ds.tasks.pretraining import Pretraining
+
+    task = Pretraining(config.model)
+    if config.model.vision.weights:
+        load_timm(task.model, config.model.vision.weights)
+    if config.model.text.weights:
+        load_bert(task.model, config.model.text.weights)
+    task.teacher.copy_from(task.model)
+    if config.model.weights:
+        source = config.model.weights
+        load_reference(read_state_dict(source), task.model, task.teacher, task.queue, source)
+    if config.train.activation_checkpointing:
+        task.model.enable_checkpointing()
+    return task
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """Fills in the vocabulary's size from the tokenizer; a model's that is smaller could not embed every token."""
+    given = config.model.text.vocab_size
+    if given is not None and given < vocab_size:
+        raise ConfigError(
+            f"model.text.vocab_size {given} is smaller than the vocabulary of {config.data.tokenizer} ({vocab_size}); "
+            "leave it out to take the tokenizer's"
+        )
+    text = config.model.text.model_copy(update={"vocab_size": given or vocab_size})
+    return config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
+
+
+def deepspeed_folder() -> Path:
+    """ds_configs/: inside the package where it is installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "ds_configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "ds_configs"
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # the GPU's generator too
+
+
+if __name__ == "__main__":
+    sys.exit(main())

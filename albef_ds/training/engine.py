@@ -1,0 +1,82 @@
+"""Builds the DeepSpeed engine that carries a task: precision, ZeRO stage and batch arithmetic in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_set_full_fp32_param
+
+from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
+from albef_ds.training.optimizer import build_optimizer, parameter_groups
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Joins the process group that the launcher describes (or makes one of a single process).
+
+    Returns:
+        rank, world size, and this rank's device.
+    """
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    if "RANK" not in os.environ:
+        os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
+    on_gpu = deepspeed.get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict:
+    """DeepSpeed's JSON with the recipe's batch arithmetic and clipping filled in.
+
+    Raises:
+        ConfigError: the JSON sets a batch size of its own that contradicts the recipe's.
+    """
+    ours = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+    }
+    for key, value in ours.items():
+        given = deepspeed_json.get(key, "auto")
+        if given not in ("auto", value):
+            raise ConfigError(f"the DeepSpeed configuration sets {key} = {given}, the recipe means {value}; leave it out there")
+    return {"steps_per_print": 10**9, **deepspeed_json, **ours, "gradient_clipping": clip}
+
+
+def build_engine(task: torch.nn.Module, optimizer: OptimizerConfig, config: Mapping) -> deepspeed.DeepSpeedEngine:
+    """Wraps the task. Weights must be loaded before: ZeRO copies them into its fp32 masters here."""
+    if _offloads(config):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        groups = parameter_groups(task, optimizer.weight_decay)
+        adam = DeepSpeedCPUAdam(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, adamw_mode=True)
+    else:
+        adam = build_optimizer(task, optimizer)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=adam, config=dict(config))
+    return engine
+
+
+def _offloads(config: Mapping) -> bool:
+    target = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    return target.get("device", "none") not in (None, "none")
+
+
+def clamp_temperature(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keeps the temperature in its bounds where the optimiser keeps it: clamped in the model alone, ZeRO would write the
+    unclamped master back at the next step. Costs no communication: every rank clamps the same number."""
+    task = engine.module
+    task.clamp_temperature()
+    if engine.zero_optimization():
+        safe_set_full_fp32_param(task.model.temp, task.model.temp.data)
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
