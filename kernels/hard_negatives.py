@@ -26,11 +26,11 @@ def sample_hard_negatives(
         impl: "triton", "torch", or "auto": Triton for CUDA tensors, PyTorch for all others.
 
     Returns:
-        [B] int64 indices of the candidates; -1 where a row has none (no valid candidate, or all of them at -inf or NaN).
+        [B] int64 indices of the candidates; -1 where a row has none, or only ones at -inf or NaN.
 
     Raises:
         TypeError: logits are not floating point or ids are not int64.
-        ValueError: logits are not square, ids do not fit, devices differ or `impl` is unknown.
+        ValueError: logits are not square, ids do not fit, devices differ, or `impl` is unknown or cannot run here.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")

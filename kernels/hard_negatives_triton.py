@@ -1,12 +1,15 @@
-"""The exponential race of `hard_negatives.py` in one launch: mask, race and winner of a row without a [B, B] temporary."""
+"""The exponential race of `hard_negatives.py` in one launch: mask, race and winner, no [B, B] temporary."""
 
 import torch
 import triton
 import triton.language as tl
 
+from albef_ds.kernels import launch
+
 
 def race(logits, noise, ids):
     """[B] int64 winners of the rows of logits [B, B] against exponential noise [B, B]; see `hard_negatives.py`."""
+    launch.check_device(logits.device)
     batch = logits.shape[0]
     winners = torch.empty(batch, dtype=torch.int64, device=logits.device)
     ids_or_any = ids.contiguous() if ids is not None else noise

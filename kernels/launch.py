@@ -79,25 +79,35 @@ def interpreted() -> bool:
     return not isinstance(queue_contrastive_kernels.statistics, triton.runtime.JITFunction)
 
 
+def check_device(device: torch.device) -> None:
+    """Raises ValueError where Triton has nothing to run on."""
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"impl='triton' needs tensors on a GPU, got {device}; use impl='auto' or 'torch', or set "
+            "TRITON_INTERPRET=1 before Triton is imported to run the kernels in its interpreter"
+        )
+
+
 def default_tiles(arch: int, dtype: torch.dtype, batch: int, dim: int, with_ids: bool) -> tuple[Tile, Tile]:
     """(statistics, gradient) tiles for a chip of compute capability `arch` (80, 90; others take the safest)."""
     hopper, padded = arch == 90, pad(dim)
     if dtype == torch.float32:
-        precise = dict(block_k=32, precision="tf32x3")
+        precise = dict(block_k=max(16, min(32, padded // 2)), precision="tf32x3")
         if hopper and batch > 32 and not with_ids:
             return Tile(64, 64, **precise), Tile(64, 32, block_o=64, **precise)
-        return Tile(32, 64, **precise), Tile(32, 64, block_o=128, **precise)
+        return Tile(32, 64, **precise), Tile(32, 64, block_o=64 if with_ids else 128, **precise)
     if arch not in SHARED_MEMORY:  # chips with some 100 KB
         return Tile(32, 32), Tile(32, 32)
+    width = 32 if with_ids else 64  # comparing ids takes registers
     if padded == MAX_DIM:
-        return Tile(32, 64), Tile(32, 32)
+        return Tile(32, width), Tile(32, 32, block_o=256 if with_ids else MAX_DIM)
     if batch <= 32:
-        return Tile(32, 64), Tile(32, 64)
+        return Tile(32, width), Tile(32, width)
     if padded <= 128:
-        return Tile(64, 64), Tile(64, 64)
-    if hopper:
-        return Tile(64, 64), Tile(64, 32, block_o=128 if with_ids else MAX_DIM)
-    return Tile(64, 64), Tile(64, 32 if with_ids else 64)
+        return Tile(64, width), Tile(64, width)
+    if with_ids:
+        return Tile(64, 32), Tile(64, 32, block_o=128)
+    return Tile(64, 64), Tile(64, 32 if hopper else 64)
 
 
 def choose_splits(groups: int, tiles: int, slots: int) -> int:
@@ -140,18 +150,24 @@ def _known_plan(device, dtype, batch, length, dim, with_ids) -> Plan:
         found = tuned().get(tuning_key(torch.cuda.get_device_name(device), dtype, batch, length, dim, with_ids))
         if found:
             return Plan(Tile(**found["statistics"]), Tile(**found["gradient"]), found["splits"])
+    return default_plan(device, dtype, batch, length, dim, with_ids)
+
+
+def default_plan(device: torch.device, dtype: torch.dtype, batch: int, length: int, dim: int, with_ids: bool) -> Plan:
+    """The plan without any tuning; on a CPU the interpreter's."""
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch, slots = major * 10 + minor, torch.cuda.get_device_properties(device).multi_processor_count
         arch = 90 if arch > 90 and _shared_memory(device) >= SHARED_MEMORY[90] else arch
-        statistics, gradient = default_tiles(arch, dtype, batch, dim, with_ids)
+        tiles = default_tiles(arch, dtype, batch, dim, with_ids)
     else:
         # The interpreter's cost is by operation, not by element: few wide tiles.
         slots, width = 8, 64 if length <= 1024 else 512
-        statistics, gradient = default_tiles(80, dtype, batch, dim, with_ids)
-        statistics, gradient = (Tile(**(asdict(t) | {"block_n": width})) for t in (statistics, gradient))
+        tiles = default_tiles(80, dtype, batch, dim, with_ids)
+        tiles = tuple(Tile(**(asdict(tile) | {"block_n": width})) for tile in tiles)
+    statistics, gradient = tiles
     groups = 2 * -(-batch // gradient.block_m) * gradient.chunks(dim)
-    tiles = -(-length // max(statistics.block_n, gradient.block_n))
-    return Plan(statistics, gradient, choose_splits(groups, tiles, slots))
+    return Plan(statistics, gradient, choose_splits(groups, -(-length // max(t.block_n for t in tiles)), slots))
 
 
 def _shared_memory(device) -> int:

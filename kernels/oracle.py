@@ -78,7 +78,7 @@ def hard_negative_probabilities(logits, ids=None):
 
 
 def sample_hard_negatives_loop(weights_logits):
-    """The usual way, one `multinomial(...).item()` a row: what the benchmark calls the reference's loop. Returns a list.
+    """The usual way, one `multinomial(...).item()` a row: what benchmarks call the loop. Returns a list.
 
     Raises RuntimeError where all mass sits on the diagonal, as every training script written so does.
     """

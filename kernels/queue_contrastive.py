@@ -40,7 +40,7 @@ def queue_contrastive_loss(
             between forward and backward.
         temperature: [1] (or 0-d), divides the cosine similarities. Receives the gradient of the model's logits alone.
         alpha: weight of the teacher's soft targets, 0 to 1; a float, or a 0-d tensor read on its device.
-        ids: [B] int64. Equal ids are positives of each other and share the target equally; None: row i with row i alone.
+        ids: [B] int64. Equal ids are positives of each other and share the target equally; None: row i has row i.
         queue_ids: [M] int64 ids of the queue's rows, only together with `ids`; None: the queue holds no positives.
         impl: "triton", "torch", or "auto": Triton for CUDA tensors, PyTorch for all others.
 
@@ -54,7 +54,7 @@ def queue_contrastive_loss(
 
     Raises:
         TypeError: a tensor is not floating point, ids are not int64, or the two queues differ in dtype.
-        ValueError: shapes or devices do not fit, or `impl` is unknown.
+        ValueError: shapes or devices do not fit, or `impl` is unknown or cannot run here (D above 512, no GPU).
     """
     features = dict(image_feat=image_feat, text_feat=text_feat, image_feat_m=image_feat_m, text_feat_m=text_feat_m)
     _check(features, image_queue, text_queue, temperature, ids, queue_ids, impl)

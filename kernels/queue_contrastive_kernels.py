@@ -8,13 +8,14 @@ alpha / sum, and the target's weight of each positive.
 import triton
 import triton.language as tl
 
+SIZES = ("B", "M", "per_split", "splits")  # one compilation serves all batches and queues
 COMBINE_ROWS: tl.constexpr = tl.constexpr(16)
 NOTHING: tl.constexpr = tl.constexpr(-1.0e30)  # a logit that is not there; finite, so that 0 * NOTHING is 0
 
 
 @triton.jit
 def _load(base, rows, limit, d, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows `rows` of a [limit, D] matrix at features `d`; zeros outside. UPCAST: the interpreter cannot multiply bf16."""
+    """Rows `rows` of a [limit, D] matrix at features `d`; zeros outside. UPCAST: multiply bf16 as fp32."""
     tile = tl.load(base + rows[:, None] * D + d[None, :], mask=(rows < limit)[:, None] & (d < D)[None, :], other=0.0)
     if UPCAST:
         tile = tile.to(tl.float32)
@@ -23,7 +24,7 @@ def _load(base, rows, limit, d, D: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def _round_bf16(x):
-    """fp32 rounded to bf16, nearest even, still fp32: what `.to(tl.bfloat16)` does on a GPU and not in the interpreter."""
+    """fp32 rounded to bf16, nearest even, still fp32: what `.to(tl.bfloat16)` does, save in the interpreter."""
     bits = x.to(tl.uint32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
@@ -81,7 +82,7 @@ def _positives(ids, queue_ids, rows, columns, B, end, split, HAS_QUEUE_IDS: tl.c
     return inside & (own[:, None] == other[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics(
     image, text, image_m, text_m, image_queue, text_queue, ids, queue_ids, tau,
     sim_i2t, sim_t2i, partial, B, M, per_split,
@@ -150,7 +151,7 @@ def statistics(
     tl.store(out + 6 * B, count, mask=rows < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine(partial, sim_i2t, sim_t2i, alpha, final, row_loss, B, splits, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr):
     """final [2, 5, B] and row_loss [2, B] from partial [2, splits, 7, B]. Grid: blocks of 16 rows, directions."""
     direction = tl.program_id(1)
@@ -191,16 +192,17 @@ def combine(partial, sim_i2t, sim_t2i, alpha, final, row_loss, B, splits, HAS_ID
     tl.store(out + 4 * B, (1.0 - a) / count, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient(
-    image, text, image_m, text_m, image_queue, text_queue, ids, queue_ids, tau, alpha,
+    image, text, image_m, text_m, image_queue, text_queue, ids, queue_ids, tau,
     final, pieces, rest, slope, B, M, per_split,
     D: tl.constexpr, HAS_IDS: tl.constexpr, HAS_QUEUE_IDS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pieces [2, splits, B, D]: each split's part of (softmax - target) @ bank, positives of the plain loss left out;
-    rest, slope [2, splits, B]: the sums of the coefficients used, and of these times (logit - max). Grid: row blocks * D / BLOCK_O, splits, directions."""
+    rest, slope [2, splits, B]: the sums of the coefficients used, and of these times (logit - max).
+    Grid: row blocks * D / BLOCK_O, splits, directions."""
     split, direction = tl.program_id(1), tl.program_id(2)
     query, teacher, base, begin, end = _select(
         direction, split, image, text, image_m, text_m, image_queue, text_queue, B, M, per_split
@@ -269,7 +271,7 @@ def gradient(
         tl.store(slope + part * B + rows, pull, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce(
     text_m, image_m, tau, sim_i2t, sim_t2i, final, pieces, rest, slope, d_image, d_text, row_slope, B, splits,
     D: tl.constexpr, HAS_IDS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
@@ -302,7 +304,7 @@ def reduce(
     tl.store(row_slope + direction * B + row, pull)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish(row_loss, row_slope, tau, loss, d_tau, B, WITH_GRAD: tl.constexpr):
     """loss []: mean of row_loss [2, B]; d_tau [1]: mean of -row_slope [2, B] / tau. One program."""
     i = tl.arange(0, 1024)

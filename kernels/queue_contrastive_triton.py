@@ -38,7 +38,8 @@ def forward(
     queue_ids,
     with_grad,
 ):
-    """Arguments and results of the operator in `queue_contrastive.py`; raises ValueError for D above 512 or fp64."""
+    """Arguments and results of the operator in `queue_contrastive.py`; ValueError: D above 512, fp64 queues, no GPU."""
+    launch.check_device(image_feat.device)
     (batch, dim), length, device = image_feat.shape, image_queue.shape[0], image_feat.device
     if dim > launch.MAX_DIM:
         raise ValueError(f"the Triton kernels take features of D <= {launch.MAX_DIM}, got {dim}; use impl='torch'")
@@ -81,7 +82,7 @@ def forward(
     grid = (triton.cdiv(batch, plan.gradient.block_m) * plan.gradient.chunks(dim), splits, 2)
     per_split = launch.columns_per_split(length, plan.splits, plan.gradient)
     kernels.gradient[grid](
-        *bank, alpha, final, pieces, rest, slope, batch, length, per_split, **shared, **plan.gradient.options(dim)
+        *bank, final, pieces, rest, slope, batch, length, per_split, **shared, **plan.gradient.options(dim)
     )
     gradients, row_slope, d_temperature = (new(batch, dim), new(batch, dim)), new(2, batch), new(*temperature.shape)
     kernels.reduce[(batch, 2)](

@@ -83,7 +83,7 @@ def load_tokenizer(source: str | os.PathLike, sep_token: bool = False) -> Captio
         raise TokenizerError(
             f"{origin} is no BERT vocabulary: expected WordPiece with {' '.join(SPECIAL_TOKENS)}, found {kind}"
             + (f" without {' '.join(missing)}" if missing else "")
-            + '; use bert-base-uncased or a vocab.txt written by "albef_ds data"'
+            + "; use bert-base-uncased or a vocab.txt made by train_wordpiece"
         )
     pad, unk, cls, sep, mask = (vocab[token] for token in SPECIAL_TOKENS)
     return CaptionTokenizer(tokenizer, pad, unk, cls, sep, mask, max(vocab.values()) + 1, sep_token)

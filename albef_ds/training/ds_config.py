@@ -99,7 +99,7 @@ class _Watched(dict):
 
     def __copy__(self) -> _Watched:  # DeepSpeed parses a copy: it takes its notes in our book
         twin = _Watched({})
-        dict.update(twin, super().items())
+        dict.update(twin, self.items())
         twin.asked = self.asked
         return twin
 
@@ -120,10 +120,6 @@ class _Watched(dict):
 
     def keys(self):
         return self  # so that `key in section.keys()` is noted too
-
-    def items(self):
-        self.asked.update(super().keys())
-        return super().items()
 
 
 def _check_keys_and_values(path: Path, config: dict) -> None:

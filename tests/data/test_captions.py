@@ -15,6 +15,7 @@ from albef_ds.data.captions import clean_caption
         ("  two   spaces \t\n here \n", "two spaces here"),
         ("one\ttab stays", "one\ttab stays"),  # only runs of whitespace are joined, as in the reference
         ("line\n", "line"),
+        ("tab\t", "tab\t"),
         ("\nline", "\nline"),
         ("...", ""),
         ("", ""),

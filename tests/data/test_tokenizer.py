@@ -136,12 +136,13 @@ def test_training_any_captions_keeps_to_the_size(tmp_path_factory, captions, siz
     assert words[:5] == list(SPECIAL_TOKENS) and len(words) == len(set(words)) <= size
 
 
-def test_training_is_the_same_in_any_order_and_process(tmp_path):
-    expected = train_wordpiece(CAPTIONS, 40, tmp_path / "a.txt").read_bytes()
-    assert train_wordpiece(reversed(CAPTIONS), 40, tmp_path / "b.txt").read_bytes() == expected
+@pytest.mark.parametrize("size", [9, 40])  # 9: not all characters fit
+def test_training_is_the_same_in_any_order_and_process(tmp_path, size):
+    expected = train_wordpiece(CAPTIONS, size, tmp_path / "a.txt").read_bytes()
+    assert train_wordpiece(reversed(CAPTIONS), size, tmp_path / "b.txt").read_bytes() == expected
     code = (
         "import sys; from albef_ds.data.tokenizer import train_wordpiece\n"
-        f"train_wordpiece({CAPTIONS!r}, 40, sys.argv[1])"
+        f"train_wordpiece({CAPTIONS!r}, {size}, sys.argv[1])"
     )
     for seed in ("1", "2"):
         file = tmp_path / f"{seed}.txt"

@@ -123,6 +123,7 @@ def test_valid_sections_of_every_kind_pass_unchanged(write):
         "compile": {"deepcompile": False},
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 1.0}},
+        "pipeline": {"stages": "auto"},
         "wall_clock_breakdown": False,
         "steps_per_print": 100,
     }
@@ -130,8 +131,8 @@ def test_valid_sections_of_every_kind_pass_unchanged(write):
 
 
 def test_auto_means_left_out_and_batch_sizes_go_to_the_engine_as_they_are(write):
-    auto = {"gradient_clipping": "auto", "optimizer": "auto", "gradient_accumulation_steps": "auto"}
-    config = GOOD | {"train_batch_size": 512}
+    auto = {"gradient_clipping": "auto", "optimizer": "auto", "train_micro_batch_size_per_gpu": "auto"}
+    config = GOOD | {"train_batch_size": 512, "gradient_accumulation_steps": 3}  # whether they fit is not asked here
     assert load_deepspeed_config(write(config | auto)) == config
 
 

@@ -1,0 +1,188 @@
+"""What every benchmark needs: where it runs, how long a call takes, how sure that is, and what the chip could do.
+
+Rivals are timed in turns within one run (`interleaved`), so that a warming chip or a busy neighbour hits all of them.
+Limits (`copy_bandwidth`, `matmul_rate`) are measured on the spot, not read from a data sheet.
+"""
+
+import platform
+import random
+import statistics
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "flash-attn", "liger-kernel", "inf-cl")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device `name`, or the GPU if there is one, else the CPU. Raises RuntimeError for a GPU that is not there."""
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {name} was asked for, and torch sees no GPU")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def environment(device: torch.device) -> dict:
+    """Device, driver, versions, commit and time: what a number means nothing without."""
+    found = dict(device=device_name(device), kind=device.type, python=platform.python_version(), commit=commit())
+    found |= dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), system=platform.platform())
+    found["packages"] = {name: version for name in PACKAGES if (version := package_version(name))}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= dict(
+            driver=nvidia_smi("driver_version"),
+            cuda=torch.version.cuda,
+            clocks=nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm"),
+            multiprocessors=properties.multi_processor_count,
+            memory_bytes=properties.total_memory,
+        )
+    else:
+        found["threads"] = torch.get_num_threads()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of the chip."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version, None if it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """The commit of the working tree, with "+" where something differs from it; "unknown" outside git."""
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        return f"{head}{'+' if git('status', '--porcelain') else ''}" if head else "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def nvidia_smi(field: str) -> str:
+    """One query of nvidia-smi, "unknown" where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0].strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+class Clock:
+    """Milliseconds of one call. On a GPU: events around it, its L2 cache overwritten before, as a training step does."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+
+    def __call__(self, call) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def interleaved(calls: dict, device: torch.device, seconds: float = 2.0, least: int = 5, warmup: int = 3) -> dict:
+    """{name: milliseconds of every round} of all calls in turns, forwards and backwards (A B B A), for about `seconds`.
+
+    At least `least` rounds whatever they take; `warmup` calls of each come before and are not counted.
+    """
+    clock = Clock(device)
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    samples = {name: [] for name in calls}
+    deadline, order = time.monotonic() + seconds, list(calls)
+    while len(samples[order[0]]) < least or time.monotonic() < deadline:
+        for name in order:
+            samples[name].append(clock(calls[name]))
+        order.reverse()
+    return samples
+
+
+def summary(samples: list[float]) -> dict:
+    """Median, 20 % and 80 % quantiles and number of samples."""
+    ordered = sorted(samples)
+
+    def at(q):
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+    return dict(median=statistics.median(ordered), q20=at(0.2), q80=at(0.8), count=len(ordered))
+
+
+def ratio(slow: list[float], fast: list[float], draws: int = 1000, seed: int = 0) -> dict:
+    """How many times `fast` is faster than `slow`, from paired samples: median ratio with its 95 % bootstrap interval."""
+    pairs = [a / b for a, b in zip(slow, fast, strict=False)]
+    chance = random.Random(seed)
+    medians = sorted(statistics.median(chance.choices(pairs, k=len(pairs))) for _ in range(draws))
+    low, high = medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+    return dict(median=statistics.median(pairs), low=low, high=high, pairs=len(pairs))
+
+
+def peak_memory(call, device: torch.device) -> int | None:
+    """Bytes that the allocator holds at the call's highest, above those before it; None on a CPU (not measured)."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes per second, read plus written, of a large device copy."""
+    size = (1 << 30) if device.type == "cuda" else (64 << 20)
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    samples = interleaved({"copy": lambda: target.copy_(source)}, device, seconds)["copy"]
+    return 2 * size / (statistics.median(samples) * 1e-3)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16, seconds: float = 0.5) -> float:
+    """FLOP per second of a large square matrix product in `dtype`, TF32 left off."""
+    size = 8192 if device.type == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    samples = interleaved({"matmul": lambda: a @ b}, device, seconds)["matmul"]
+    return 2 * size**3 / (statistics.median(samples) * 1e-3)
+
+
+def table(rows: list[dict], columns: list[str]) -> str:
+    """A Markdown table; what a row lacks is "not measured"."""
+
+    def cell(value):
+        if value is None:
+            return "not measured"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows])
