@@ -162,9 +162,8 @@ def default_plan(device: torch.device, dtype: torch.dtype, batch: int, length: i
         tiles = default_tiles(arch, dtype, batch, dim, with_ids)
     else:
         # The interpreter's cost is by operation, not by element: few wide tiles.
-        slots, width = 8, 64 if length <= 1024 else 512
-        tiles = default_tiles(80, dtype, batch, dim, with_ids)
-        tiles = tuple(Tile(**(asdict(tile) | {"block_n": width})) for tile in tiles)
+        slots, rows = 8, min(128, pad(batch))
+        tiles = (Tile(rows, 64 if length <= 256 else 512),) * 2
     statistics, gradient = tiles
     groups = 2 * -(-batch // gradient.block_m) * gradient.chunks(dim)
     return Plan(statistics, gradient, choose_splits(groups, -(-length // max(t.block_n for t in tiles)), slots))

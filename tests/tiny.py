@@ -6,6 +6,8 @@ import torch
 
 from albef_ds.config import ModelConfig, TextConfig, VisionConfig
 from albef_ds.data.batch import MaskedTokens, PackedText, PretrainingBatch
+from albef_ds.model.albef import ALBEF
+from albef_ds.model.attention import Spans
 
 VOCABULARY, MASK, CLS = 61, 4, 2
 
@@ -36,3 +38,15 @@ def tiny_batch(size: int, seed: int = 0, lengths: list[int] | None = None, label
     masked = text.input_ids.masked_fill(chosen, MASK)
     images = torch.randn(size, 3, 32, 32, generator=generator)
     return PretrainingBatch(images, text, MaskedTokens(masked, positions, text.input_ids[positions]))
+
+
+def one_by_one(model: ALBEF, text_embeds, text, pairs, image_embeds):
+    """Every pair in a fusion pass of its own, without any packing."""
+    logits = []
+    starts = text.cu_seqlens.tolist()
+    for t, i in pairs:
+        hidden = text_embeds[starts[t] : starts[t + 1]]
+        spans = Spans.equal(1, hidden.shape[0], "cpu")
+        out = model.text_encoder.fuse(hidden, spans, image_embeds[i : i + 1], spans)
+        logits.append(model.itm_head(out[:1]))
+    return torch.cat(logits)

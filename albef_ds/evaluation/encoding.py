@@ -125,9 +125,8 @@ def _load(paths, blocks: list[range], transform, workers: int) -> Iterator[tuple
 
 
 def _widths(ranks: Ranks, *parts: dict[int, Tensor]) -> list[int]:
-    """The last dimension of each, also where this rank had no batch."""
-    mine = [next(iter(part.values())).shape[-1] if part else 0 for part in parts]
-    return [max(widths) for widths in zip(*ranks.all_objects(mine), strict=True)]
+    """The last dimension of each, also on a rank without a batch; rank 0 always has one."""
+    return ranks.all_objects([next(iter(part.values())).shape[-1] if part else 0 for part in parts])[0]
 
 
 def finite(tensor: Tensor, what: str) -> Tensor:

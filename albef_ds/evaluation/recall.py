@@ -14,9 +14,8 @@ def ordered(scores: Tensor) -> Tensor:
 
 
 def first_right(right: Tensor) -> Tensor:
-    """[Q, C] bool, candidates in their order: the 0-based place of the first right one; C where there is none."""
-    place = right.to(torch.uint8).argmax(dim=1)
-    return torch.where(right.any(dim=1), place, right.shape[1])
+    """[Q, C] bool, candidates in their order, a right one in every row: the 0-based place of the first such."""
+    return right.to(torch.uint8).argmax(dim=1)
 
 
 def reranked(right: Tensor, place: Tensor, scores: Tensor) -> Tensor:

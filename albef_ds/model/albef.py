@@ -77,4 +77,8 @@ def text_spans(text: PackedText) -> Spans:
 
 def unit_features(projected: Tensor) -> Tensor:
     """L2 normalisation in fp32: similarities are divided by a small temperature, which magnifies rounding."""
-    return F.normalize(projected.float(), dim=-1)
+    return F.normalize(at_least_fp32(projected), dim=-1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import PackedText, PretrainingBatch
 from albef_ds.kernels import queue_contrastive_loss, sample_hard_negatives
-from albef_ds.model.albef import ALBEF, text_spans
+from albef_ds.model.albef import ALBEF, at_least_fp32, text_spans
 from albef_ds.model.attention import Spans, resolve_backend
 from albef_ds.model.packing import FusionPlan
 from albef_ds.model.queue import FeatureQueue, gather_features
@@ -113,7 +113,8 @@ class Pretraining(nn.Module):
         with torch.no_grad():
             masked_m = text_embeds_m[batch.text.num_tokens :]
             hidden_m = self.teacher.text_encoder.fuse(masked_m, text, image_embeds_m, text)
-            soft_labels = self.teacher.text_encoder.predict_tokens(hidden_m[batch.masked.positions]).float().softmax(-1)
+            logits_m = self.teacher.text_encoder.predict_tokens(hidden_m[batch.masked.positions])
+            soft_labels = at_least_fp32(logits_m).softmax(-1)
         mlm = self.masked_modelling(hidden, plan, text, batch.masked.positions, batch.masked.labels, soft_labels)
         return {"itc": itc, "itm": itm, "mlm": mlm}
 
@@ -156,7 +157,7 @@ class Pretraining(nn.Module):
     def matching(self, hidden: Tensor, plan: FusionPlan, negative_text: Tensor, negative_image: Tensor) -> Tensor:
         """ITM: the mean over the pairs that exist; where a sample has no negative, its pair counts for nothing."""
         batch = negative_text.shape[0]
-        logits = self.model.itm_head(hidden[plan.first[: 3 * batch]]).float()
+        logits = at_least_fp32(self.model.itm_head(hidden[plan.first[: 3 * batch]]))
         labels = torch.zeros(3 * batch, dtype=torch.int64, device=logits.device)
         labels[:batch] = 1
         exists = torch.cat([torch.ones_like(negative_text, dtype=torch.bool), negative_text >= 0, negative_image >= 0])
@@ -169,7 +170,7 @@ class Pretraining(nn.Module):
         """MLM on the P labelled positions alone, distilled with weight alpha; 0 where a batch has none."""
         start_of_masked = plan.first[3 * text.num :]  # [B] row of each masked text in the fusion pass
         rows = start_of_masked[text.run_of_row[positions]] + text.offset_in_run[positions]
-        logits = self.model.text_encoder.predict_tokens(hidden[rows]).float()
+        logits = at_least_fp32(self.model.text_encoder.predict_tokens(hidden[rows]))
         log_probabilities = logits.log_softmax(-1)
         hard = F.nll_loss(log_probabilities, labels, reduction="sum")
         soft = -(soft_labels * log_probabilities).sum()

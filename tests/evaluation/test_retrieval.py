@@ -39,6 +39,7 @@ class TableModel(torch.nn.Module):
         texts = text_embeds[first[text_index], 0].long()
         images = image_embeds[image_index, 0, 0].long()
         assert not self.training
+        self.autocast = torch.is_autocast_enabled("cpu")
         self.scored += list(zip(images.tolist(), texts.tolist(), strict=True))
         return torch.stack([torch.zeros(len(texts)), self.itm[images, texts]], dim=1)
 
@@ -202,6 +203,9 @@ def test_similarities_stay_in_fp32_under_autocast(tmp_path):
     model = TableModel(sims, sims)
     metrics = evaluate(model, make_set(tmp_path, [[0], [1]]), autocast=torch.bfloat16).metrics
     assert metrics["itc"]["tr@1"] == 100
+    assert model.autocast  # but the network had it
+    evaluate(model, make_set(tmp_path, [[0], [1]]))
+    assert not model.autocast
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -277,17 +281,21 @@ def test_two_ranks_divide_the_work_and_agree_with_one(tmp_path):
     bad = make_set(tmp_path / "bad", texts_of)
     Path(bad.images[11]).write_bytes(b"")
     jobs.append((sims, itm, bad, {}))
+    broken = np.array(itm)
+    broken[11] = np.nan
+    jobs.append((sims, broken, make_set(tmp_path, texts_of), {}))
 
     mp.spawn(_rank_process, (2, str(tmp_path), jobs), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for job, first, second in zip(jobs[:-1], *(rank[:-1] for rank in ranks), strict=True):
+    for job, first, second in zip(jobs[:-2], *(rank[:-2] for rank in ranks), strict=True):
         model = TableModel(*job[:2])
         alone = evaluate(model, job[2], **job[3])
         assert first[0] == second[0] == alone
         assert sorted(first[1] + second[1]) == sorted(model.scored)  # each pair by one rank, once
     assert ranks[0][0][1] and ranks[1][0][1] and not ranks[1][2][1]
-    # The file that one rank cannot read stops both, with its name.
-    assert "11.png" in ranks[0][-1][0] and ranks[0][-1] == ranks[1][-1]
+    # What only one rank can see stops both, with the same words.
+    assert "11.png" in ranks[0][-2][0] and ranks[0][-2] == ranks[1][-2]
+    assert "NaN" in ranks[0][-1][0] and ranks[0][-1][0] == ranks[1][-1][0]
 
 
 def test_the_real_network_gives_each_pair_the_score_it_has_alone(tmp_path):

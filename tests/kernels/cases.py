@@ -75,11 +75,12 @@ class Problem:
     ids: torch.Tensor | None = None
     queue_ids: torch.Tensor | None = None
 
-    def run(self, function, dtype=None, **options):
-        """(loss, sim_i2t, sim_t2i, gradients of image_feat, text_feat, temperature) of fresh leaves."""
-        cast = [x.detach().clone() if dtype is None else x.detach().to(dtype) for x in self.tensors]
+    def run(self, function, exact=False, **options):
+        """(loss, sim_i2t, sim_t2i, gradients of image_feat, text_feat, temperature) of fresh leaves; `exact`: in fp64,
+        so that not even the gradients are rounded."""
+        cast = [x.double() if exact else x.clone() for x in self.tensors]
         leaves = [x.requires_grad_() for x in cast[:2]]
-        temperature = self.temperature.to(dtype or self.temperature.dtype).clone().requires_grad_()
+        temperature = (self.temperature.double() if exact else self.temperature.clone()).requires_grad_()
         loss, i2t, t2i = function(*cast, temperature, self.alpha, self.ids, self.queue_ids, **options)
         loss.backward()
         return loss.detach(), i2t, t2i, leaves[0].grad, leaves[1].grad, temperature.grad
@@ -119,12 +120,9 @@ def deviations(problem: Problem, impl: str) -> dict[str, float]:
     Gradients are norm-relative. A gradient below what its own terms round to in fp32 (softmax equal to its target to
     the last bit: nothing is left) is measured against that rounding, and the loss against its size where it exceeds 1.
     """
-    truth = problem.run(oracle.queue_contrastive_loss)
+    truth = problem.run(oracle.queue_contrastive_loss, exact=True)
     ours = problem.run(queue_contrastive_loss, impl=impl)
-    dtype = problem.tensors[0].dtype
-    eager = problem.run(oracle.queue_contrastive_loss, dtype=dtype) if dtype != torch.float32 else problem.run(
-        oracle.queue_contrastive_loss, dtype=torch.float32
-    )  # fmt: skip
+    eager = problem.run(oracle.queue_contrastive_loss, dtype=None)
     # Terms of a row's gradient: bank rows of length 1 with coefficients of at most 1, divided by 2 B temperature.
     batch = problem.tensors[0].shape[0]
     floor = 1e-3 / (2 * batch**0.5 * problem.temperature.item())

@@ -8,21 +8,7 @@ from hypothesis import strategies as st
 
 from albef_ds.model.albef import ALBEF, text_spans
 from albef_ds.model.packing import FusionPlan
-from tests.tiny import tiny_batch, tiny_model
-
-
-def one_by_one(model: ALBEF, text_embeds, text, pairs, image_embeds):
-    """Every pair in a fusion pass of its own, without any packing."""
-    from albef_ds.model.attention import Spans
-
-    logits = []
-    starts = text.cu_seqlens.tolist()
-    for t, i in pairs:
-        hidden = text_embeds[starts[t] : starts[t + 1]]
-        spans = Spans.equal(1, hidden.shape[0], "cpu")
-        out = model.text_encoder.fuse(hidden, spans, image_embeds[i : i + 1], spans)
-        logits.append(model.itm_head(out[:1]))
-    return torch.cat(logits)
+from tests.tiny import one_by_one, tiny_batch, tiny_model
 
 
 @settings(max_examples=25, deadline=None)
