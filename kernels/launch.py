@@ -101,10 +101,10 @@ def default_tiles(arch: int, dtype: torch.dtype, batch: int, dim: int, with_ids:
     width = 32 if with_ids else 64  # comparing ids takes registers
     if padded == MAX_DIM:
         return Tile(32, width), Tile(32, 32, block_o=256 if with_ids else MAX_DIM)
-    if batch <= 32:
-        return Tile(32, width), Tile(32, width)
     if padded <= 128:
         return Tile(64, width), Tile(64, width)
+    if batch <= 32:
+        return Tile(32, width), Tile(32, width)
     if with_ids:
         return Tile(64, 32), Tile(64, 32, block_o=128)
     return Tile(64, 64), Tile(64, 32 if hopper else 64)

@@ -116,6 +116,8 @@ def evaluate_recipe(model, config, tokenizer, device: torch.device) -> Retrieval
     from albef_ds.data.annotations import read_pairs
     from albef_ds.data.augment import EvalTransform
 
+    if not config.data.test:
+        raise EvaluationError("data.test is empty: name the annotation file to evaluate on")
     annotations = read_pairs(config.data.test, config.data.image_root)
     if annotations.rejected:
         reasons = "; ".join(reason for _, reason in annotations.rejected[:NAMED])

@@ -233,6 +233,6 @@ def _load_loosely(module: torch.nn.Module, state: Mapping[str, Tensor], source: 
         log.warning("%s: in the file but not in this model: %s", source, _few(unused))
 
 
-def _few(names: Iterable[str], most: int = 8) -> str:
+def _few(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,6 +1,7 @@
 """Retrieval against answers worked out by hand, against the reference's way of computing, and over two processes."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +255,8 @@ def test_k_test_must_be_positive(tmp_path):
 def _rank_process(rank, world_size, folder, jobs):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", meeting, timeout=timedelta(seconds=60), rank=rank, world_size=world_size)
     results = []
     for sims, itm, pairs, changes in jobs:
         model = TableModel(sims, itm)
