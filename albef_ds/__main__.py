@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -71,11 +72,19 @@ def run_shapes(args: argparse.Namespace) -> None:
     print(f"train: {world.train}\ntest:  {world.test}\nvocab: {world.vocab}")
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    from albef_ds.evaluation.retrieval import evaluate_weights
+def run_evaluate(args: argparse.Namespace) -> None:
+    import torch
 
-    print(evaluate_weights(args.recipe, args.weights, args.overrides))
-    return 0
+    from albef_ds.config import load_config
+    from albef_ds.data.tokenizer import load_tokenizer
+    from albef_ds.evaluation.retrieval import evaluate_recipe
+    from albef_ds.train import build_task, with_vocabulary
+
+    config = load_config(args.recipe, [*args.overrides, f"model.weights={args.weights}"])
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_task(with_vocabulary(config, tokenizer.vocab_size)).model.to(device)
+    print(json.dumps(evaluate_recipe(model, config, tokenizer, device).metrics, indent=1))
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -23,13 +23,25 @@ import torch
 from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
 from albef_ds.data.annotations import AnnotationError
 from albef_ds.data.tokenizer import TokenizerError
+from albef_ds.data.torch_loader import UnreadableImagesError
+from albef_ds.evaluation.encoding import EvaluationError
 from albef_ds.model.reference_weights import WeightsError
 from albef_ds.training.checkpoint import CheckpointError, write_atomically
 from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
 
 log = logging.getLogger("albef_ds")
 
-USER_ERRORS = (ConfigError, DeepSpeedConfigError, AnnotationError, TokenizerError, WeightsError, CheckpointError)
+# What is wrong with what the user gave, told without a traceback.
+USER_ERRORS = (
+    ConfigError,
+    DeepSpeedConfigError,
+    AnnotationError,
+    TokenizerError,
+    WeightsError,
+    CheckpointError,
+    EvaluationError,
+    UnreadableImagesError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", help="auto, none, or a checkpoint's folder (default: the recipe's checkpoint.resume)")
     parser.add_argument("--deepspeed_config", help="a DeepSpeed JSON, or the name of one in ds_configs")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before and after options
 
 
 class Run:
@@ -235,7 +247,10 @@ def build_task(config: Config):
     from albef_ds.model.reference_weights import load_bert, load_reference, load_timm, read_state_dict
     from albef_ds.tasks.pretraining import Pretraining
 
-    task = Pretraining(config.model)
+    try:
+        task = Pretraining(config.model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if config.model.vision.weights:
         load_timm(task.model, config.model.vision.weights)
     if config.model.text.weights:

@@ -29,14 +29,12 @@ def forward(
     tau, alpha = temperature.to(work).reshape(()), alpha.to(work).reshape(())
     image, text, image_m, text_m = map(operand, (image_feat, text_feat, image_feat_m, text_feat_m))
     pos = _positives(ids, queue_ids, image_queue.shape[0])
-    i2t, sim_i2t, d_image = _direction(image, image_m, (text_m, text_queue.to(work)), tau, alpha, pos, with_grad)
-    t2i, sim_t2i, d_text = _direction(text, text_m, (image_m, image_queue.to(work)), tau, alpha, pos, with_grad)
+    i2t, sim_i2t, *d_i2t = _direction(image, image_m, (text_m, text_queue.to(work)), tau, alpha, pos, with_grad)
+    t2i, sim_t2i, *d_t2i = _direction(text, text_m, (image_m, image_queue.to(work)), tau, alpha, pos, with_grad)
     loss = (i2t + t2i) / 2
     if not with_grad:
         return loss, sim_i2t, sim_t2i, *(loss.new_empty(0) for _ in range(3))
-    # S = feat @ bank / tau, hence dS/dtau = -S / tau, and the sum over the bank collapses onto the features.
-    d_tau = -((image * d_image).sum() + (text * d_text).sum()) / tau
-    return loss, sim_i2t, sim_t2i, d_image, d_text, d_tau.reshape(temperature.shape)
+    return loss, sim_i2t, sim_t2i, d_i2t[0], d_t2i[0], (d_i2t[1] + d_t2i[1]).reshape(temperature.shape)
 
 
 def _positives(ids, queue_ids, length):
@@ -51,11 +49,13 @@ def _positives(ids, queue_ids, length):
 
 
 def _direction(feat, feat_m, bank, tau, alpha, pos, with_grad):
-    """(mean loss, [B, B] logits, gradient of half the loss to `feat` or None) of one direction; `bank`: two blocks."""
+    """(mean loss, [B, B] logits) of one direction and, `with_grad`, the gradients of half the loss to `feat` and `tau`;
+    `bank`: two blocks of rows."""
     batch = feat.shape[0]
     logits = torch.cat([feat @ block.T for block in bank], dim=1).div_(tau)  # [B, B + M]
     soft = torch.cat([feat_m @ block.T for block in bank], dim=1).div_(tau).softmax(dim=1).mul_(alpha)
     sim = logits[:, :batch].clone()
+    logits.sub_(logits.amax(dim=1, keepdim=True))
     log_p = logits.log_softmax(dim=1)
     if pos is None:
         hard = log_p.diagonal()
@@ -63,7 +63,7 @@ def _direction(feat, feat_m, bank, tau, alpha, pos, with_grad):
         hard = torch.where(pos, log_p, 0).sum(1) / pos.sum(1)
     loss = -((soft * log_p).sum(1) + (1 - alpha) * hard).mean()
     if not with_grad:
-        return loss, sim, None
+        return loss, sim
     g = log_p.exp_().sub_(soft)  # softmax - alpha * teacher's softmax; the hard targets are still missing
     if pos is None:
         g.fill_diagonal_(0)
@@ -74,4 +74,6 @@ def _direction(feat, feat_m, bank, tau, alpha, pos, with_grad):
         others = torch.where(pos, 0, g).sum(1, keepdim=True)
         g = torch.where(pos, ours - (ours.sum(1, keepdim=True) + others) / count, g)
     d_feat = g[:, :batch] @ bank[0] + g[:, batch:] @ bank[1]
-    return loss, sim, d_feat.div_(tau * (2 * batch))
+    # S = feat @ bank / tau, hence dS/dtau = -S / tau; rows of g sum to zero, so S may be shifted by its row's maximum.
+    d_tau = torch.linalg.vecdot(g, logits).sum() / (-2 * batch * tau)
+    return loss, sim, d_feat.div_(tau * (2 * batch)), d_tau

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from albef_ds.training.json_lines import drop_lines_after, read_lines
 from albef_ds.training.peak_flops import peak_flops_of as peak_flops_of  # belongs to what a monitor is told
-from albef_ds.training.peak_flops import peak_flops_source as peak_flops_source
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Retrieval against answers worked out by hand, against the reference's way of computing, and over two processes."""
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from albef_ds.data.batch import PackedText
 from albef_ds.evaluation.encoding import EvaluationError
 from albef_ds.evaluation.retrieval import RetrievalSet, evaluate_retrieval
+from tests.ranks import run_ranks
 
 
 class TableModel(torch.nn.Module):
@@ -252,11 +251,8 @@ def test_k_test_must_be_positive(tmp_path):
         evaluate(TableModel(SIMS, ITM), make_set(tmp_path, TEXTS_OF), k_test=0)
 
 
-def _rank_process(rank, world_size, folder, jobs):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    meeting = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", meeting, timeout=timedelta(seconds=60), rank=rank, world_size=world_size)
+def evaluate_jobs(jobs):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = []
     for sims, itm, pairs, changes in jobs:
         model = TableModel(sims, itm)
@@ -264,8 +260,7 @@ def _rank_process(rank, world_size, folder, jobs):
             results.append((evaluate(model, pairs, **changes), model.scored))
         except EvaluationError as error:
             results.append((str(error), []))
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_ranks_divide_the_work_and_agree_with_one(tmp_path):
@@ -287,8 +282,7 @@ def test_two_ranks_divide_the_work_and_agree_with_one(tmp_path):
     broken[11] = np.nan
     jobs.append((sims, broken, make_set(tmp_path, texts_of), {}))
 
-    mp.spawn(_rank_process, (2, str(tmp_path), jobs), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    ranks = run_ranks(2, evaluate_jobs, jobs)
     for job, first, second in zip(jobs[:-2], *(rank[:-2] for rank in ranks), strict=True):
         model = TableModel(*job[:2])
         alone = evaluate(model, job[2], **job[3])

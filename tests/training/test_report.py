@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -65,10 +66,10 @@ def run(tmp_path):
 
 @pytest.fixture
 def samples(tmp_path):
-    path = tmp_path / f"{'a' * 10}<b>.png"
+    path = tmp_path / 'a"onload="b.png'
     Image.new("RGB", (900, 300), (200, 30, 30)).save(path)
     found = (FoundCaption(ATTACK, 0.3, 2.5, False), FoundCaption("a red box", 0.4, 1.25, True))
-    return [RetrievalExample(str(path), ("a red box", "a missed caption"), found)]
+    return [RetrievalExample(str(path), ("a red box", "a missed <i>caption"), found)]
 
 
 def test_a_whole_run_is_shown(run, samples):
@@ -91,7 +92,7 @@ def test_ranked_captions_mark_the_right_one_and_name_the_missed(run, samples):
     items = re.findall(r'<li class="(\w+)">(.*?)</li>', html)
     assert [kind for kind, _ in items] == ["other", "right"]
     assert items[1][1].startswith("a red box <b>✓</b>") and "ITM +1.25, ITC +0.400" in items[1][1]
-    assert "Not among them:</p><ul><li>a missed caption</li></ul>" in html
+    assert "Not among them:</p><ul><li>a missed &lt;i&gt;caption</li></ul>" in html
 
 
 def test_texts_cannot_act_as_markup(run, samples):
@@ -156,7 +157,16 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_curves_skip_what_is_no_number_and_keep_both_ends_of_long_ones():
     lines = [
-        {"step": s, "losses": {"itc": s / 7, "x": None}, "lr": None, "mi_bound_a": 1, "b": "text"} for s in range(1500)
+        {
+            "step": s,
+            "losses": {"itc": s / 7, "x": None},
+            "lr": None,
+            "mi_bound_a": 1,
+            "b": "text",
+            "c": True,
+            "d": math.inf,
+        }
+        for s in range(1500)
     ]
     losses, information = panels(lines)
     curve = losses.curves["itc"]
