@@ -102,7 +102,8 @@ class Run:
         from albef_ds.data.prefetch import on_device
         from albef_ds.training.checkpoint import Checkpoints
         from albef_ds.training.loop import Plan, train
-        from albef_ds.training.monitor import Monitor, peak_flops_of
+        from albef_ds.training.monitor import Monitor
+        from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
         from albef_ds.training.schedule import alpha_ramp
 
         config, out = self.config, Path(self.config.output_dir)
@@ -133,14 +134,18 @@ class Run:
             total_steps=total,
             start_step=start,
             samples_per_step=self.batch_plan.global_batch,
-            peak_flops=peak_flops_of(self.device),
+            peak_flops=peak_flops_of(self.device, self.arithmetic),
             log_every=config.log.every,
         )
         monitor.rejected(annotations.rejected if self.rank == 0 else ())
         if start < total:
             train(self.engine, on_device(loader.batches(start), self.device), plan, monitor, checkpoints)
-        self.finish(monitor.close())
+        self.finish({**monitor.close(), "mfu_of": peak_flops_source(self.device, self.arithmetic)})
         return 0
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.bfloat16 if self.ds_config.get("torch_autocast", {}).get("enabled") else torch.float32
 
     def learning_rate(self, steps_per_epoch: int, total_steps: int):
         from albef_ds.training.schedule import build_schedule

@@ -89,7 +89,7 @@ def nvidia_smi(field: str) -> str:
 
 
 class Clock:
-    """Milliseconds of one call. On a GPU: events around it, its L2 cache overwritten before, as a training step does."""
+    """Milliseconds of one call. On a GPU: between events, the L2 cache overwritten before, as a training step does."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -138,7 +138,7 @@ def summary(samples: list[float]) -> dict:
 
 
 def ratio(slow: list[float], fast: list[float], draws: int = 1000, seed: int = 0) -> dict:
-    """How many times `fast` is faster than `slow`, from paired samples: median ratio with its 95 % bootstrap interval."""
+    """How many times faster `fast` is, from paired samples: median ratio with its 95 % bootstrap interval."""
     pairs = [a / b for a, b in zip(slow, fast, strict=False)]
     chance = random.Random(seed)
     medians = sorted(statistics.median(chance.choices(pairs, k=len(pairs))) for _ in range(draws))

@@ -113,12 +113,12 @@ def default_tiles(arch: int, dtype: torch.dtype, batch: int, dim: int, with_ids:
 def choose_splits(groups: int, tiles: int, slots: int) -> int:
     """Ranges to cut a queue of `tiles` tiles into, for `groups` programs each on a chip that runs `slots` at once.
 
-    Counts the waves of programs and the tiles each streams; one program more per group takes the batch. A program costs
-    about four tiles before and after its stream, which keeps the number of partial results small.
+    Counts the waves of programs and the tiles each streams; one program more per group takes the batch. A program is
+    taken to cost eight tiles besides its stream, which keeps the number of partial results small.
     """
 
     def cost(splits):
-        return -(-groups * (splits + 1) // slots) * (-(-tiles // splits) + 4)
+        return -(-groups * (splits + 1) // slots) * (-(-tiles // splits) + 8)
 
     return min(range(1, max(1, min(tiles, MAX_SPLITS)) + 1), key=lambda splits: (cost(splits), splits))
 

@@ -25,7 +25,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": (0.17, 0.21), "large": (0.34, 0.40)}  # side of the box as a share of the image's
 BACKGROUND_COLOURS = {"white": (240, 240, 240), "gray": (140, 140, 140), "black": (25, 25, 25), "brown": (110, 75, 45)}
 BACKGROUND_KINDS = ("plain", "shaded", "striped", "noisy")
-OBJECT_COUNTS = {2: 0.5, 3: 0.3, 4: 0.2}
+OBJECT_COUNTS = {2: 0.7, 3: 0.25, 4: 0.05}
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _LONG = {"left of": "to the left of", "right of": "to the right of"}

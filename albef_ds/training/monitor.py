@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from albef_ds.training.json_lines import drop_lines_after, read_lines
-from albef_ds.training.peak_flops import peak_flops_of as peak_flops_of  # belongs to what a monitor is told
 
 logger = logging.getLogger(__name__)
 

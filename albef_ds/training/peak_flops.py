@@ -29,22 +29,25 @@ PEAK_FLOPS = (
 )
 
 
-def peak_flops_of(device: torch.device | str) -> float | None:
+def peak_flops_of(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float | None:
     """Peak FLOP/s of a device in dense bf16 matrix products; None for a GPU not in the table.
+
+    dtype: what a CPU's products are measured in.
 
     A CPU has no honest data-sheet number for the cores a process may use, so there it is measured (a second at most).
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return _measured_matmul_flops(torch.get_num_threads())
+        return _measured_matmul_flops(torch.get_num_threads(), dtype)
     return peak_flops_by_name(torch.cuda.get_device_name(device))
 
 
-def peak_flops_source(device: torch.device | str) -> str:
+def peak_flops_source(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """Where `peak_flops_of` has its number from, in words for a report."""
     if torch.device(device).type == "cuda":
         return "NVIDIA data sheet, dense bf16 (V100: fp16)"
-    return f"measured: fp32 matrix product of 1024 x 1024, {torch.get_num_threads()} thread(s)"
+    name = str(dtype).removeprefix("torch.")
+    return f"measured: {name} matrix product of 1024 x 1024, {torch.get_num_threads()} thread(s)"
 
 
 def peak_flops_by_name(name: str) -> float | None:
@@ -52,8 +55,8 @@ def peak_flops_by_name(name: str) -> float | None:
 
 
 @functools.cache
-def _measured_matmul_flops(threads: int) -> float:  # threads: the rate belongs to them
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)  # not random: a resumed run must draw as the first did
+def _measured_matmul_flops(threads: int, dtype: torch.dtype) -> float:  # threads: the rate belongs to them
+    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))  # not random: a resumed run must draw as the first did
     best, deadline = math.inf, time.perf_counter() + 0.5
     while best == math.inf or time.perf_counter() < deadline:
         start = time.perf_counter()

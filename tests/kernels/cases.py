@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from hypothesis import Phase
 
 from albef_ds.kernels import oracle, queue_contrastive_loss
 
@@ -22,6 +23,7 @@ GRID = dict(
     alpha=(0.0, 0.4, 1.0),
     with_ids=(False, True),
 )
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # a failure in the interpreter would shrink for minutes
 GRADIENT = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-4}
 LOSS = 1e-4
 
@@ -153,7 +155,7 @@ def check(problem: Problem, impl: str) -> dict[str, float]:
     assert found["temperature"] <= limit, found
     for name in ("loss", "features", "temperature"):
         # Luck of the last digits, which the temperature divides, and one rounding of the result to the features' dtype.
-        rounding = 3e-5 + 5e-8 / problem.temperature.item()
+        rounding = 5e-5 + 5e-8 / problem.temperature.item()
         if name == "features" and problem.tensors[0].dtype != torch.float32:
             rounding += limit / 2
         assert found[name] <= found[f"eager {name}"] + rounding, (name, found)

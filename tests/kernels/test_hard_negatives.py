@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from albef_ds.kernels import oracle, sample_hard_negatives
+from tests.kernels.cases import NO_SHRINKING
 
 
 def draw(logits, ids, count, impl, generator):
@@ -16,7 +17,7 @@ def draw(logits, ids, count, impl, generator):
 
 @pytest.mark.parametrize("with_ids", (False, True))
 def test_the_law_is_softmax_over_the_valid_candidates(with_ids, impl, device):
-    """Chi-square over all rows. The interpreter draws few, and the next test ties it to the PyTorch form draw by draw."""
+    """Chi-square over all rows. The interpreter draws few; the next test ties it to the PyTorch form."""
     generator = torch.Generator(device).manual_seed(5)
     batch, count = 8, 20_000 if impl == "torch" or device.type == "cuda" else 250
     logits = torch.randn(batch, batch, generator=torch.Generator().manual_seed(1)).to(device)
@@ -73,7 +74,7 @@ def test_all_mass_on_the_positive_is_nothing_special(impl, device):
     assert ((negatives >= 0) & (negatives != torch.arange(16, device=device))).all()
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate), suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=NO_SHRINKING, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 40),
     groups=st.integers(1, 8),
