@@ -69,6 +69,7 @@ def compile_kernel(kernel, types: dict, constants: dict, arch: int, aligned=(), 
 def contrastive_cases(arch: int, quick: bool):
     """(row's head, kernel, types, constants, options, must use tensor cores) of the loss's kernels."""
     import torch
+    import triton
 
     from albef_ds.kernels import launch
     from albef_ds.kernels import queue_contrastive_kernels as kernels
@@ -91,7 +92,9 @@ def contrastive_cases(arch: int, quick: bool):
     for ids in (False, True):
         head = dict(dtype="bf16", D=256, B=64, ids="yes" if ids else "no", tile="")
         types = {name: "*bf16" for name in FEATURES}
-        yield head, kernels.combine, types, dict(HAS_IDS=ids, SPLITS=128), {}, False
+        for splits in (128, triton.next_power_of_2(launch.MAX_SPLITS + 1)):
+            constants = dict(HAS_IDS=ids, SPLITS=splits)
+            yield head | dict(tile=f"{splits} splits"), kernels.combine, types, constants, {}, False
         yield head, kernels.reduce, types, dict(D=256, HAS_IDS=ids, BLOCK_D=256, SPLITS=16), {}, False
     yield dict(dtype="fp32", D="", B="", ids="", tile=""), kernels.finish, {}, dict(WITH_GRAD=True), {}, False
 

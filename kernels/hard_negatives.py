@@ -8,10 +8,13 @@ whose mass sits wholly on its own positive, on which `multinomial` fails, is not
 The noise comes from PyTorch's generator in both implementations, so they draw the same candidates.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 IMPLS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def sample_hard_negatives(
@@ -46,7 +49,7 @@ def sample_hard_negatives(
         if ids.device != logits.device:
             raise ValueError(f"ids is on {ids.device}, logits on {logits.device}")
     if impl == "auto":
-        impl = "triton" if logits.is_cuda else "torch"
+        impl = "triton" if logits.is_cuda and HAS_TRITON else "torch"
     noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).exponential_(generator=generator)
     return _op(logits.detach(), noise, ids, impl)
 
@@ -57,7 +60,8 @@ def _op(logits: Tensor, noise: Tensor, ids: Tensor | None, impl: str) -> Tensor:
     if impl == "triton":
         from albef_ds.kernels.hard_negatives_triton import race
 
-        return race(logits, noise, ids)
+        with torch.cuda.device_of(logits):
+            return race(logits, noise, ids)
     lowest = float("-inf")
     # The smallest normal number: an exponential of exactly 0 would turn a candidate at -inf into NaN.
     scores = logits.float() - noise.clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import triton
 
-MAX_DIM = 512
+from albef_ds.kernels.queue_contrastive import MAX_TRITON_DIM as MAX_DIM
+
 MAX_SPLITS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have, by compute capability

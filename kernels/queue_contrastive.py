@@ -9,6 +9,8 @@ directions of -(T * log_softmax(S)).sum(). This file checks arguments and regist
 The gradient is computed in forward, because the queue is overwritten before backward runs, and is scaled in backward.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from albef_ds.kernels import queue_contrastive_torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLS = ("auto", "triton", "torch")
+MAX_TRITON_DIM = 512
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def queue_contrastive_loss(
@@ -39,10 +43,11 @@ def queue_contrastive_loss(
         image_queue, text_queue: [M, D] teacher features of earlier batches, one dtype; no gradient. May be overwritten
             between forward and backward.
         temperature: [1] (or 0-d), divides the cosine similarities. Receives the gradient of the model's logits alone.
-        alpha: weight of the teacher's soft targets, 0 to 1; a float, or a 0-d tensor read on its device.
+        alpha: weight of the teacher's soft targets, 0 to 1; a float, or a 0-d tensor read on its device
+            (under torch.compile a float that changes may compile again).
         ids: [B] int64. Equal ids are positives of each other and share the target equally; None: row i has row i.
         queue_ids: [M] int64 ids of the queue's rows, only together with `ids`; None: the queue holds no positives.
-        impl: "triton", "torch", or "auto": Triton for CUDA tensors, PyTorch for all others.
+        impl: "triton", "torch", or "auto": Triton for CUDA tensors that it takes (D up to 512), else PyTorch.
 
     Returns:
         loss: 0-d fp32 in nats, the mean of both directions.
@@ -65,7 +70,8 @@ def queue_contrastive_loss(
     if alpha.numel() != 1:
         raise ValueError(f"alpha must be a number or hold one element, got shape {list(alpha.shape)}")
     if impl == "auto":
-        impl = "triton" if device.type == "cuda" and image_queue.dtype != torch.float64 else "torch"
+        fits = image_queue.dtype != torch.float64 and image_feat.shape[1] <= MAX_TRITON_DIM
+        impl = "triton" if device.type == "cuda" and fits and HAS_TRITON else "torch"
     wanted = torch.is_grad_enabled() and (
         image_feat.requires_grad or text_feat.requires_grad or temperature.requires_grad
     )
@@ -109,7 +115,7 @@ def _op(
         from albef_ds.kernels import queue_contrastive_triton as chosen
     else:
         chosen = queue_contrastive_torch
-    with torch.autocast(image_feat.device.type, enabled=False):
+    with torch.autocast(image_feat.device.type, enabled=False), torch.cuda.device_of(image_feat):
         return chosen.forward(
             image_feat,
             text_feat,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 SIZES = ("B", "M", "per_split", "splits")  # one compilation serves all batches and queues
-COMBINE_ROWS: tl.constexpr = tl.constexpr(16)
+COMBINE_ROWS: tl.constexpr = tl.constexpr(8)
 NOTHING: tl.constexpr = tl.constexpr(-1.0e30)  # a logit that is not there; finite, so that 0 * NOTHING is 0
 
 
@@ -153,7 +153,7 @@ def statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(partial, sim_i2t, sim_t2i, alpha, final, row_loss, B, splits, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr):
-    """final [2, 5, B] and row_loss [2, B] from partial [2, splits, 7, B]. Grid: blocks of 16 rows, directions."""
+    """final [2, 5, B] and row_loss [2, B] from partial [2, splits, 7, B]. Grid: blocks of COMBINE_ROWS rows, directions."""
     direction = tl.program_id(1)
     rows = tl.program_id(0) * COMBINE_ROWS + tl.arange(0, COMBINE_ROWS)
     k = tl.arange(0, SPLITS)

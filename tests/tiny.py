@@ -8,6 +8,7 @@ from albef_ds.config import ModelConfig, TextConfig, VisionConfig
 from albef_ds.data.batch import MaskedTokens, PackedText, PretrainingBatch
 from albef_ds.model.albef import ALBEF
 from albef_ds.model.attention import Spans
+from albef_ds.model.packing import FusionPlan
 
 VOCABULARY, MASK, CLS = 61, 4, 2
 
@@ -47,6 +48,6 @@ def one_by_one(model: ALBEF, text_embeds, text, pairs, image_embeds):
     for t, i in pairs:
         hidden = text_embeds[starts[t] : starts[t + 1]]
         spans = Spans.equal(1, hidden.shape[0], "cpu")
-        out = model.text_encoder.fuse(hidden, spans, image_embeds[i : i + 1], spans)
-        logits.append(model.itm_head(out[:1]))
+        out = model.text_encoder.fuse(hidden, FusionPlan.aligned(spans), image_embeds[i : i + 1], torch.tensor([0]))
+        logits.append(model.itm_head(out))
     return torch.cat(logits)

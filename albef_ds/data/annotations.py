@@ -20,7 +20,7 @@ class AnnotationError(ValueError):
 class Annotation:
     """One image and its captions."""
 
-    image: str  # path to open
+    image: str | bytes  # path to open, or from shards the file's contents
     captions: tuple[str, ...]  # at least one, raw
     key: str  # the path as written in the annotation file, for logs
 
@@ -77,7 +77,7 @@ def read_pairs(
     rejected: list[tuple[str, str]] = []
     for path in paths:
         for i, entry in enumerate(_load_list(path)):
-            strings, fault = _strings_of(entry)
+            strings, fault = strings_of(entry)
             if fault:
                 key = strings[0] if strings else f"{path.name}#{i}"
                 rejected.append((key, f"{path}, entry {i}: {fault}"))
@@ -127,7 +127,7 @@ def _load_list(path: Path) -> list:
     return content
 
 
-def _strings_of(entry) -> tuple[list[str], str]:
+def strings_of(entry) -> tuple[list[str], str]:
     """(key and captions, "") of an entry, or (key if it has one, what is wrong with it)."""
     if not isinstance(entry, dict):
         return [], f"expected an object, found {_kind(entry)}"

@@ -35,6 +35,15 @@ _BRIGHTER = [min(255, int(value * _ENHANCE)) for value in range(256)] * 3
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """All that chance decides about one image."""
+
+    crop: tuple[int, int, int, int]  # left, top, width, height in pixels
+    mirror: bool
+    ops: tuple[tuple[int, int], ...]  # (number in OPS, sign) of the operations to apply, in this order
+
+
+@dataclass(frozen=True)
 class TrainTransform:
     """Random resized crop, mirror, RandAugment, normalisation.
 
@@ -46,16 +55,21 @@ class TrainTransform:
     horizontal_flip: bool = True
     randaugment: bool = True
 
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> Drawn:
+        """What is to be done to an image of this size. Every loader draws with this, so that they agree."""
+        crop = _random_crop(width, height, self.scale, rng)
+        mirror = self.horizontal_flip and rng.random() < 0.5
+        return Drawn(crop, mirror, draw_ops(rng) if self.randaugment else ())
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """PIL RGB image of any size -> [3, size, size] float32."""
-        left, top, width, height = _random_crop(image.width, image.height, self.scale, rng)
+        drawn = self.draw(image.width, image.height, rng)
+        left, top, width, height = drawn.crop
         image = image.crop((left, top, left + width, top + height))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        if self.horizontal_flip and rng.random() < 0.5:
+        if drawn.mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.randaugment:
-            image = rand_augment(image, rng)
-        return normalise(image)
+        return normalise(apply_ops(image, drawn.ops))
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,23 @@ def normalise(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).contiguous().div_(255).sub_(_MEAN).div_(_STD)
 
 
-def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Applies two of the ten operations, drawn with replacement, each with probability 0.5, at magnitude 7."""
-    for op in rng.integers(len(OPS), size=_NUM_OPS):
+def draw_ops(rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+    """(operation, sign): two of the ten operations, drawn with replacement, each kept with probability 0.5."""
+    drawn = []
+    for op in rng.integers(len(OPS), size=_NUM_OPS).tolist():
         if rng.random() < _PROBABILITY:
-            sign = 1 if rng.random() < 0.5 else -1
-            image = _OPS[op](image, sign)
+            drawn.append((op, 1 if rng.random() < 0.5 else -1))
+    return tuple(drawn)
+
+
+def rand_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Applies what `draw_ops` draws, at magnitude 7."""
+    return apply_ops(image, draw_ops(rng))
+
+
+def apply_ops(image: Image.Image, ops: tuple[tuple[int, int], ...]) -> Image.Image:
+    for op, sign in ops:
+        image = _OPS[op](image, sign)
     return image
 
 

@@ -22,7 +22,7 @@ COLOURS = {
     "pink": (245, 130, 185),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": (0.17, 0.21), "large": (0.34, 0.40)}  # side of the box as a share of the image's
+SIZES = {"small": (0.24, 0.28), "large": (0.40, 0.46)}  # side of the box as a share of the image's
 BACKGROUND_COLOURS = {"white": (240, 240, 240), "gray": (140, 140, 140), "black": (25, 25, 25), "brown": (110, 75, 45)}
 BACKGROUND_KINDS = ("plain", "shaded", "striped", "noisy")
 OBJECT_COUNTS = {2: 0.7, 3: 0.25, 4: 0.05}

@@ -28,6 +28,14 @@ class UnreadableImagesError(RuntimeError):
     """So many images in a row cannot be read that something is wrong with all of them."""
 
 
+def nothing_readable(rejected: Sequence[tuple[str, str]]) -> UnreadableImagesError:
+    examples = "; ".join(f"{key}: {reason}" for key, reason in rejected[:3])
+    return UnreadableImagesError(
+        f"images cannot be read: {len(rejected)} drawn one after another all failed, such as {examples}; "
+        "check that the paths in the annotations and the image root, or the shards, are right"
+    )
+
+
 @dataclass(frozen=True)
 class _Sample:
     image: Tensor  # [3, R, R] float32
@@ -58,17 +66,13 @@ class _PretrainingSamples(Dataset):
         """The sample, or another drawn in its place as often as an image cannot be read."""
         rejected = []
         for _ in range(1 + MAX_REPLACEMENTS):
-            annotation = self.annotations[index]
             try:
+                annotation = self.annotations[index]
                 return annotation, decode_image(annotation.image, key=annotation.key), tuple(rejected)
             except ImageError as error:
                 rejected.append((error.key, error.reason))
             index = int(rng.integers(len(self.annotations)))
-        examples = "; ".join(f"{key}: {reason}" for key, reason in rejected[:3])
-        raise UnreadableImagesError(
-            f"images cannot be read: {len(rejected)} drawn one after another all failed, such as {examples}; "
-            f"check that image paths (here {annotation.image}) and the image root are right"
-        )
+        raise nothing_readable(rejected)
 
 
 def _collate(samples: list[_Sample]) -> PretrainingBatch:
@@ -85,7 +89,8 @@ def _collate(samples: list[_Sample]) -> PretrainingBatch:
 class PretrainingLoader:
     """This rank's micro-batches, endlessly, from any optimiser step on.
 
-    annotations: a sequence of `Annotation`, see `read_pairs`.
+    annotations: a sequence of `Annotation`, see `read_pairs` and `ShardSet`.
+    order: which samples a step has; None: `SampleOrder` over all annotations with the numbers given here.
     transform: (PIL RGB image, numpy Generator) -> [3, R, R] float32, see `TrainTransform`.
     micro_batch: samples of one rank in one forward pass; a step has micro_batch x accumulation x world_size.
     workers: processes that prepare batches; 0: in this process. prefetch: batches each of them prepares ahead.
@@ -115,8 +120,9 @@ class PretrainingLoader:
         workers: int = 0,
         pin_memory: bool = False,
         prefetch: int = 2,
+        order: SampleOrder | None = None,
     ):
-        self.order = SampleOrder(len(annotations), micro_batch, accumulation, rank, world_size, seed)
+        self.order = order or SampleOrder(len(annotations), micro_batch, accumulation, rank, world_size, seed)
         text = TextPipeline(tokenizer, max_words, max_tokens, mlm_probability)
         self._samples = _PretrainingSamples(annotations, text, transform, seed)
         self._workers = workers

@@ -67,8 +67,7 @@ class ALBEF(Encoders):
             image_embeds: [I, S, Wv], by encode_image.
         """
         plan = FusionPlan.build(text_spans(text), text_index, image_index, image_embeds.shape[0])
-        hidden = self.text_encoder.fuse(plan.gather(text_embeds), plan.spans, image_embeds, plan.groups)
-        return self.itm_head(hidden[plan.first])
+        return self.itm_head(self.text_encoder.fuse(plan.gather(text_embeds), plan, image_embeds, plan.first))
 
 
 def text_spans(text: PackedText) -> Spans:

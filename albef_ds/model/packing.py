@@ -11,6 +11,16 @@ from albef_ds.model.attention import Spans
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of a packed batch whose result is wanted: a last layer computes no others (they remain keys and values)."""
+
+    index: Tensor  # [R] int64, ascending
+    spans: Spans  # their runs by text, as queries
+    groups: Spans  # their runs by image
+    place: Tensor  # [R] int64: where the j-th row that was asked for stands in the result
+
+
+@dataclass(frozen=True)
 class FusionPlan:
     """Where every token of N pairs comes from and where it stands."""
 
@@ -21,6 +31,12 @@ class FusionPlan:
 
     def gather(self, text_embeds: Tensor) -> Tensor:
         return text_embeds if self.source is None else text_embeds.index_select(0, self.source)
+
+    def select(self, rows: Tensor) -> Rows:
+        """The wanted rows [R], all different, in any order."""
+        index, order = rows.sort()
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return Rows(index, _runs_of(index, self.spans), _runs_of(index, self.groups), place)
 
     @classmethod
     def aligned(cls, text: Spans) -> FusionPlan:
@@ -62,3 +78,12 @@ class FusionPlan:
         start = text.cu_seqlens.long()[texts]
         source = (start[spans.run_of_row] + spans.offset_in_run).clamp(max=text.num_rows - 1)
         return cls(source, spans, Spans(cu_groups.int(), longest_group, num_rows), first)
+
+
+def _runs_of(index: Tensor, spans: Spans) -> Spans:
+    """How rows `index` [R], ascending, divide over the runs of `spans`."""
+    cu_seqlens = torch.searchsorted(index, spans.cu_seqlens.long()).int()
+    bound = min(spans.max_length, index.numel())
+    if index.device.type == "cpu":  # asking a GPU would wait for it
+        bound = int(cu_seqlens.diff().max())
+    return Spans(cu_seqlens, max(1, bound), index.numel())

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from albef_ds.config import TextConfig
 from albef_ds.model.attention import Spans, attention
+from albef_ds.model.packing import FusionPlan, Rows
 
 
 class BertEmbeddings(nn.Module):
@@ -89,10 +90,26 @@ class BertLayer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.mlp_width, config)
 
-    def forward(self, x: Tensor, spans: Spans, image: tuple[Tensor, Tensor] | None = None, groups=None, image_spans=None):
-        """x [T, W]. `image`: this layer's keys and values [I * S, W]; run i of `groups` is the texts that look at image i."""
+    def forward(
+        self,
+        x: Tensor,
+        spans: Spans,
+        image: tuple[Tensor, Tensor] | None = None,
+        groups: Spans | None = None,
+        image_spans: Spans | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """x [T, W] to [T, W], or to [R, W] where only `rows` are wanted.
+
+        Args:
+            image: this layer's keys and values [I * S, W]; None in a text layer.
+            groups: run i is the texts that look at image i.
+        """
         projections = self.attention.self
-        x = self.attention(x, spans, projections.key(x), projections.value(x), spans)
+        keys, values, text = projections.key(x), projections.value(x), spans
+        if rows is not None:
+            x, spans, groups = x.index_select(0, rows.index), rows.spans, rows.groups
+        x = self.attention(x, spans, keys, values, text)
         if image is not None:
             x = self.crossattention(x, groups, *image, image_spans)
         return self.output(self.intermediate(x), x)
@@ -180,12 +197,24 @@ class TextEncoder(nn.Module):
         spans = Spans.equal(image_embeds.shape[0], image_embeds.shape[1], image_embeds.device)
         return list(zip(parts[::2], parts[1::2], strict=True)), spans
 
-    def fuse(self, hidden: Tensor, spans: Spans, image_embeds: Tensor, groups: Spans) -> Tensor:
-        """The fusion layers: packed texts [T, W], sorted by the image they attend to; `groups` marks the rows of each."""
+    def fuse(self, hidden: Tensor, plan: FusionPlan, image_embeds: Tensor, rows: Tensor) -> Tensor:
+        """The fusion layers.
+
+        Args:
+            hidden: [T, W] text embeddings, laid out as the plan says.
+            image_embeds: [I, S, Wv].
+            rows: [R] int64, the rows whose result is wanted. The last layer computes these alone.
+
+        Returns:
+            [R, W], in the order of `rows`.
+        """
         images, image_spans = self.project_image(image_embeds)
-        for layer, image in zip(self.fusion_layers, images, strict=True):
-            hidden = self._run(layer, hidden, spans, image, groups, image_spans)
-        return hidden
+        wanted = plan.select(rows)
+        last = len(images) - 1
+        for i, (layer, image) in enumerate(zip(self.fusion_layers, images, strict=True)):
+            only = wanted if i == last else None
+            hidden = self._run(layer, hidden, plan.spans, image, plan.groups, image_spans, only)
+        return hidden.index_select(0, wanted.place)
 
     def predict_tokens(self, hidden: Tensor) -> Tensor:
         """MLM logits [P, V] of hidden states [P, W]."""

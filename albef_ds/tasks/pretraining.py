@@ -107,15 +107,17 @@ class Pretraining(nn.Module):
         negative_text = self.sample_negatives(sim_i2t)  # [B] for each image
         negative_image = self.sample_negatives(sim_t2i)  # [B] for each text
         plan = self.plan_pairs(both, negative_text, negative_image, image_embeds)
-        hidden = self.model.text_encoder.fuse(plan.gather(text_embeds), plan.spans, image_embeds, plan.groups)
-        itm = self.matching(hidden, plan, negative_text, negative_image)
+        rows = self.wanted_rows(plan, text, batch.masked.positions)
+        fused = self.model.text_encoder.fuse(plan.gather(text_embeds), plan, image_embeds, rows)
+        pairs, words = fused.split([3 * len(batch), batch.masked.positions.numel()])
+        itm = self.matching(pairs, negative_text, negative_image)
 
         with torch.no_grad():
             masked_m = text_embeds_m[batch.text.num_tokens :]
-            hidden_m = self.teacher.text_encoder.fuse(masked_m, text, image_embeds_m, text)
-            logits_m = self.teacher.text_encoder.predict_tokens(hidden_m[batch.masked.positions])
-            soft_labels = at_least_fp32(logits_m).softmax(-1)
-        mlm = self.masked_modelling(hidden, plan, text, batch.masked.positions, batch.masked.labels, soft_labels)
+            aligned = FusionPlan.aligned(text)
+            words_m = self.teacher.text_encoder.fuse(masked_m, aligned, image_embeds_m, batch.masked.positions)
+            soft_labels = at_least_fp32(self.teacher.text_encoder.predict_tokens(words_m)).softmax(-1)
+        mlm = self.masked_modelling(words, batch.masked.labels, soft_labels)
         return {"itc": itc, "itm": itm, "mlm": mlm}
 
     def contrast(
@@ -154,24 +156,26 @@ class Pretraining(nn.Module):
             capacity = 3 * both.num_rows // 2 + batch * both.max_length  # the negative texts' length is known to the GPU alone
         return FusionPlan.build(both, texts, images, batch, capacity)
 
-    def matching(self, hidden: Tensor, plan: FusionPlan, negative_text: Tensor, negative_image: Tensor) -> Tensor:
-        """ITM: the mean over the pairs that exist; where a sample has no negative, its pair counts for nothing."""
+    def wanted_rows(self, plan: FusionPlan, text: Spans, positions: Tensor) -> Tensor:
+        """What is read of the fusion pass: [CLS] of the 3 B unmasked pairs, then the P labelled words."""
+        start_of_masked = plan.first[3 * text.num :]  # [B] row of each masked text in the fusion pass
+        words = start_of_masked[text.run_of_row[positions]] + text.offset_in_run[positions]
+        return torch.cat([plan.first[: 3 * text.num], words])
+
+    def matching(self, pairs: Tensor, negative_text: Tensor, negative_image: Tensor) -> Tensor:
+        """ITM of the pairs' [CLS] [3 B, W]: the mean over those that exist; where a sample has no negative, its pair
+        counts for nothing."""
         batch = negative_text.shape[0]
-        logits = at_least_fp32(self.model.itm_head(hidden[plan.first[: 3 * batch]]))
+        logits = at_least_fp32(self.model.itm_head(pairs))
         labels = torch.zeros(3 * batch, dtype=torch.int64, device=logits.device)
         labels[:batch] = 1
         exists = torch.cat([torch.ones_like(negative_text, dtype=torch.bool), negative_text >= 0, negative_image >= 0])
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * exists).sum() / exists.sum()
 
-    def masked_modelling(
-        self, hidden: Tensor, plan: FusionPlan, text: Spans, positions: Tensor, labels: Tensor, soft_labels: Tensor
-    ) -> Tensor:
-        """MLM on the P labelled positions alone, distilled with weight alpha; 0 where a batch has none."""
-        start_of_masked = plan.first[3 * text.num :]  # [B] row of each masked text in the fusion pass
-        rows = start_of_masked[text.run_of_row[positions]] + text.offset_in_run[positions]
-        logits = at_least_fp32(self.model.text_encoder.predict_tokens(hidden[rows]))
-        log_probabilities = logits.log_softmax(-1)
+    def masked_modelling(self, words: Tensor, labels: Tensor, soft_labels: Tensor) -> Tensor:
+        """MLM of the labelled words [P, W], distilled with weight alpha; 0 where a batch has none."""
+        log_probabilities = at_least_fp32(self.model.text_encoder.predict_tokens(words)).log_softmax(-1)
         hard = F.nll_loss(log_probabilities, labels, reduction="sum")
         soft = -(soft_labels * log_probabilities).sum()
         return ((1 - self.alpha) * hard + self.alpha * soft) / max(1, labels.numel())

@@ -54,7 +54,9 @@ class SelfAttention(nn.Module):
         )
         if self.sdpa:
             dropout = self.dropout.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout)
+            # Nothing of an image is padding: without its mask of zeros faster kernels may be chosen.
+            mask = mask.to(q.dtype) if memory is None else None
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         else:
             scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(q.shape[3]) + mask
             mixed = torch.matmul(self.dropout(scores.softmax(dim=3)), v)

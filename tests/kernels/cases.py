@@ -170,7 +170,9 @@ def main(names) -> int:
     assert device.type == "cuda" or conftest.launch.interpreted()
     for dtype in [dict(bf16=torch.bfloat16, fp32=torch.float32, fp16=torch.float16)[name] for name in names]:
         worst, cases = {}, full_grid()
-        for case in cases:
+        for number, case in enumerate(cases):
+            if number % 96 == 0:
+                print(f"{dtype}: {number} of {len(cases)}", file=sys.stderr, flush=True)
             try:
                 for name, value in check(make(case, dtype, device), "triton").items():
                     worst[name] = max(worst.get(name, (0.0, "")), (value, case.name))

@@ -232,7 +232,7 @@ def test_a_planted_mistake_is_caught(device, monkeypatch, triton_runs):
     out of the sums, nothing passes."""
     from albef_ds.kernels import queue_contrastive_kernels as kernels
 
-    problem = make(replace(SMALL, length=200), torch.bfloat16, device)
+    problem = make(replace(SMALL, length=256), torch.bfloat16, device)
     check(problem, "triton")
     monkeypatch.setattr(kernels, "reduce", Altered(kernels.reduce, HAS_IDS=True))
     with pytest.raises(AssertionError, match="features"):
@@ -244,3 +244,11 @@ def test_a_planted_mistake_is_caught(device, monkeypatch, triton_runs):
     monkeypatch.setattr(kernels, "combine", Altered(kernels.combine, SPLITS=8))
     with pytest.raises(AssertionError, match="loss"):
         check(problem, "triton")
+
+
+def test_auto_is_triton_on_a_gpu_where_it_fits_and_torch_elsewhere(device, monkeypatch):
+    asked, op = [], module._op
+    monkeypatch.setattr(module, "_op", lambda *arguments: asked.append(arguments[11]) or op(*arguments))
+    for dim, dtype in ((24, torch.float32), (513, torch.float32), (24, torch.float64)):
+        make(replace(SMALL, dim=dim), dtype, device).run(queue_contrastive_loss)
+    assert asked == (["triton", "torch", "torch"] if device.type == "cuda" else ["torch"] * 3)

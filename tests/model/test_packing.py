@@ -48,9 +48,12 @@ def test_a_plan_with_spare_capacity_computes_the_same():
 
     def logits(capacity):
         plan = FusionPlan.build(text_spans(batch.text), texts, images, 3, capacity)
-        hidden = model.text_encoder.fuse(plan.gather(text_embeds), plan.spans, image_embeds, plan.groups)
+        everything = torch.arange(plan.spans.num_rows)
+        hidden = model.text_encoder.fuse(plan.gather(text_embeds), plan, image_embeds, everything)
         assert torch.isfinite(hidden).all()
-        return hidden[plan.first]
+        some = model.text_encoder.fuse(plan.gather(text_embeds), plan, image_embeds, plan.first.flip(0))
+        torch.testing.assert_close(some.flip(0), hidden[plan.first])
+        return some.flip(0)
 
     exact = logits(None)
     for capacity in (23, 24, 31, 32, 33, 54):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albef_ds.model.attention import Spans
+from albef_ds.model.packing import FusionPlan
 from albef_ds.tasks.pretraining import Pretraining
 from tests.golden_cases import most_likely_negative
 from tests.tiny import one_by_one, tiny_batch, tiny_model
@@ -101,7 +102,8 @@ def padded_losses(task: Pretraining, batch, alpha: float) -> dict[str, torch.Ten
         rows = []
         for i, (start, end) in enumerate(zip(batch.text.cu_seqlens[:-1].tolist(), batch.text.cu_seqlens[1:].tolist(), strict=True)):
             spans = Spans.equal(1, end - start, "cpu")
-            rows.append(model.text_encoder.fuse(embeds[start:end], spans, images[i : i + 1], spans))
+            every = torch.arange(end - start)
+            rows.append(model.text_encoder.fuse(embeds[start:end], FusionPlan.aligned(spans), images[i : i + 1], every))
         return model.text_encoder.predict_tokens(torch.cat(rows))  # over the whole vocabulary at every position
 
     with torch.no_grad():

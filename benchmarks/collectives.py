@@ -1,0 +1,76 @@
+"""Collectives and bytes of one optimiser step under DeepSpeed, counted as one rank of many sees them.
+
+    python -m benchmarks.collectives [--world 8] [--preset tiny] [--deepspeed zero2_cpu] [--stage 2]
+
+The ranks are made up: PyTorch's "fake" process group answers every collective at once with nothing. What the step asks
+for is counted, what comes back is not looked at, so losses mean nothing here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import torch
+import torch.distributed as dist
+
+from albef_ds.config import BatchPlan, OptimizerConfig
+from albef_ds.tasks.pretraining import Pretraining
+from benchmarks import flops, workload
+from benchmarks.counting import OperatorCount
+
+MICRO = 8
+
+
+def count(world: int, preset: str, deepspeed_json: dict) -> dict:
+    """Joins a made-up group of `world` ranks and counts the second step. Once a process: the group stays."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from albef_ds.training.engine import build_engine, clamp_temperature, engine_config
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    plan = BatchPlan(global_batch=MICRO * world, micro_batch=MICRO, accumulation=1, world_size=world)
+    config = workload.preset(preset)
+    torch.manual_seed(0)
+    task = Pretraining(config, sample_negatives=flops.next_one)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    engine = build_engine(task, OptimizerConfig(), engine_config(deepspeed_json, plan, clip=0.0))
+    batch = workload.captions_batch(config, "mean14", MICRO)
+
+    def step() -> None:
+        task.start_step(0.4)
+        losses = engine(batch)
+        engine.backward(sum(losses.values()))
+        engine.step()
+        task.finish_step()
+        clamp_temperature(engine)
+
+    step()
+    with OperatorCount() as counted:
+        step()
+    return {
+        "world": world,
+        "collectives": dict(sorted(counted.collectives.items())),
+        "collectives a step": sum(counted.collectives.values()),
+        "bytes a step": counted.collective_bytes,
+        "trained parameters": trained,
+        "host syncs": counted.host_syncs,
+    }
+
+
+def main(argv=None) -> int:
+    """The command line in this file's head."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--world", type=int, default=8)
+    parser.add_argument("--preset", default="tiny", choices=("base", "small", "tiny"))
+    parser.add_argument("--stage", type=int, default=2, choices=(1, 2))
+    args = parser.parse_args(argv)
+    zero = {"stage": args.stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True}
+    print(json.dumps(count(args.world, args.preset, {"zero_optimization": zero})))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

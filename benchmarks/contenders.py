@@ -1,0 +1,160 @@
+"""The rivals of benchmarks.step, each a whole training step on the same batch: forward, backward, optimiser, teacher, queue."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from albef_ds.config import ModelConfig, OptimizerConfig
+from albef_ds.data.batch import PretrainingBatch
+from albef_ds.tasks.pretraining import Pretraining
+from albef_ds.training.optimizer import build_optimizer, parameter_groups
+from benchmarks.reference import PaddedBatch, ReferenceALBEF
+
+ALPHA = 0.4
+OPTIMIZER = OptimizerConfig()
+NAMES = ("ours fp32", "ours bf16", "reference", "modernised")
+PHASES = ("teacher", "forward", "backward", "optimiser", "queue")
+
+
+class PhaseClock:
+    """Seconds of each phase of a step; an inner phase is taken out of the one around it.
+
+    On a GPU every border waits for the device, so phases are timed in steps of their own, not in those compared.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self._inner = device, dict.fromkeys(PHASES, 0.0), 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start, around, self._inner = self._now(), self._inner, 0.0
+        yield
+        spent = self._now() - start
+        self.seconds[phase] += spent - self._inner
+        self._inner = around + spent
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def no_clock(phase: str):
+    return contextlib.nullcontext()
+
+
+@dataclass
+class Contender:
+    """`step(clock)` runs one whole step on the contender's batch."""
+
+    name: str
+    model: nn.Module
+    step: Callable[[Callable], dict]
+    set_batch: Callable[[PretrainingBatch], None]
+
+    def __call__(self) -> dict:
+        return self.step(no_clock)
+
+    def phases(self, device: torch.device, steps: int = 3) -> dict[str, float]:
+        """Milliseconds of each phase, the mean of `steps` steps."""
+        clock = PhaseClock(device)
+        for _ in range(steps):
+            self.step(clock)
+        return {name: 1e3 * seconds / steps for name, seconds in clock.seconds.items()}
+
+    def state_bytes(self) -> int:
+        """Parameters, gradients, two moments and buffers: what a step holds apart from its activations."""
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        return 4 * trained + frozen + sum(b.numel() * b.element_size() for b in self.model.buffers())
+
+
+def build(name: str, config: ModelConfig, device: torch.device, batch: PretrainingBatch) -> Contender:
+    """The contender of that name (NAMES), its weights drawn from the same seed, with `batch` set."""
+    if name not in NAMES:
+        raise ValueError(f"unknown contender {name!r}; choose from {', '.join(NAMES)}")
+    torch.manual_seed(0)
+    found = _ours(name, config, device) if name.startswith("ours") else _reference(name, config, device)
+    found.set_batch(batch)
+    return found
+
+
+def _ours(name: str, config: ModelConfig, device: torch.device) -> Contender:
+    task = Pretraining(config).to(device).train()
+    optimizer = build_optimizer(task, OPTIMIZER)
+    given: dict[str, PretrainingBatch] = {}
+    half = name.endswith("bf16")
+
+    def step(clock) -> dict:
+        with arithmetic(device, half, tf32=False):
+            with clock("teacher"):
+                task.start_step(ALPHA)
+            with clock("forward"):
+                losses = task(given["batch"])
+                total = sum(losses.values())
+        with clock("backward"):
+            total.backward()
+        with clock("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad()
+            task.clamp_temperature()
+        with clock("queue"):
+            task.finish_step()
+        return losses
+
+    return Contender(name, task, step, lambda batch: given.update(batch=batch.to(device)))
+
+
+def _reference(name: str, config: ModelConfig, device: torch.device) -> Contender:
+    modern = name == "modernised"
+    model = ReferenceALBEF(config, modernised=modern).to(device).train()
+    groups = parameter_groups(model, OPTIMIZER.weight_decay)
+    # PyTorch of the reference's time updated one parameter after another; the modernised rival takes today's best.
+    speed = {"fused": device.type == "cuda"} if modern else {"foreach": False}
+    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, **speed)
+    given: dict[str, PaddedBatch] = {}
+    move_teacher, enqueue = model.move_teacher, model.enqueue
+
+    def step(clock) -> dict:
+        def timed(phase, method):
+            def call(*args):
+                with clock(phase):
+                    method(*args)
+
+            return call
+
+        model.move_teacher, model.enqueue = timed("teacher", move_teacher), timed("queue", enqueue)
+        with arithmetic(device, modern, tf32=True):
+            with clock("forward"):
+                losses = model(given["batch"], ALPHA)
+                total = sum(losses.values())
+            with clock("backward"):
+                total.backward()
+        with clock("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    def set_batch(batch: PretrainingBatch) -> None:
+        given.update(batch=PaddedBatch.from_packed(batch).to(device))
+
+    return Contender(name, model, step, set_batch)
+
+
+@contextlib.contextmanager
+def arithmetic(device: torch.device, bf16: bool, tf32: bool):
+    """bf16 autocast where asked for; TF32 products of fp32 tensors on a GPU, as PyTorch had by default until 1.11."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

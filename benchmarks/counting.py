@@ -1,0 +1,162 @@
+"""Counts what a step does without timing it: FLOPs, operators, host syncs, collectives. Counts do not wobble.
+
+FLOPs of a model of any size are counted on tensors that have shapes and no values (`FakeTensorMode`), in seconds and
+without memory. A step that packs its texts asks the host for a few numbers (how many tokens, how many labels), which such
+tensors cannot answer. They depend on the caption lengths and the chosen negatives alone, not on the model's width; so
+the step first runs really, on a narrow model with the same batch, and `Recording` notes the answers for `Replay`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from albef_ds.training.flops import _CPU_ATTENTION
+
+aten = torch.ops.aten
+
+
+def _contrastive_flops(image_feat, text_feat, image_feat_m, text_feat_m, image_queue, *args, out_shape=None, **kwargs):
+    """Our fused loss is one operator, which PyTorch's counter does not know. Both directions: model's and teacher's
+    logits, and the gradient to the features; the Triton kernels make the two logits a second time for the gradient."""
+    (batch, dim), length = image_feat, image_queue[0]
+    with_grad, impl = args[-2:]
+    products = 2 if not with_grad else 5 if impl == "triton" else 3
+    return 2 * products * 2 * batch * (batch + length) * dim
+
+
+class StepFlops(FlopCounterMode):
+    """FLOPs executed inside, a multiply-add being two; knows every attention operator and our own loss operator."""
+
+    def __init__(self):
+        import albef_ds.kernels  # noqa: F401  (registers the operator)
+
+        ours = {torch.ops.albef_ds.queue_contrastive: _contrastive_flops}
+        super().__init__(display=False, custom_mapping={**_CPU_ATTENTION, **ours})
+
+    @property
+    def total(self) -> int:
+        return self.get_total_flops()
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts dispatched operators by name; collectives (c10d) with the bytes that this rank hands over."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self.collective_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.operators[name] += 1
+        if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(("wait_tensor", "barrier")):
+            self.collectives[name.split("::")[1]] += 1
+            self.collective_bytes += _input_bytes(name, args)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return sum(self.operators.values())
+
+    @property
+    def host_syncs(self) -> int:
+        """Times that the host asks for a value or a data-dependent shape; on a GPU each one waits for all work."""
+        return sum(n for name, n in self.operators.items() if name in SYNCING)
+
+
+SYNCING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"}
+# Which argument a collective sends; of in-place ones the first.
+_SENT = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1}
+
+
+def _input_bytes(name: str, args: tuple) -> int:
+    def of(value) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        return sum(of(v) for v in value) if isinstance(value, list | tuple) else 0
+
+    sent = _SENT.get(name.split("::")[1], 0)
+    return of(args[sent]) if len(args) > sent else 0
+
+
+class Recording(TorchDispatchMode):
+    """Notes, in order, every number that the host asks for and every shape that depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if depends_on_data(func, args):
+            self.answers.append(tuple(found.shape) if isinstance(found, torch.Tensor) else found)
+        return found
+
+
+class Replay(TorchDispatchMode):
+    """Gives a run on tensors without values the answers of a `Recording`, in the same order."""
+
+    def __init__(self, answers: list):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not depends_on_data(func, args):
+            return func(*args, **(kwargs or {}))
+        answer = next(self.answers, None)
+        if answer is None:
+            raise RuntimeError(f"{func}: the step asks for more than it did on the narrow model")
+        if isinstance(answer, tuple):
+            return args[0].new_empty(answer, dtype=torch.int64 if func is aten.nonzero.default else args[0].dtype)
+        return answer
+
+
+def depends_on_data(func, args) -> bool:
+    if func in (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default):
+        return True
+    if func is aten.index.Tensor:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return False
+
+
+def count_flops(build: Callable[[object], tuple[nn.Module, Callable[[], object]]], config, narrow) -> int:
+    """FLOPs of one step of `config`, forward and backward.
+
+    Args:
+        build: a model configuration to a model and a function that runs a step of it, always on one batch of real
+            tensors; called twice.
+        narrow: `config` at a width small enough to run; whatever depends on data must be the same in it.
+    """
+    _, step = build(narrow)
+    with Recording() as recording:
+        step()
+    with torch.device("meta"):
+        model, step = build(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), Replay(recording.answers):
+        _without_values(model)
+        with StepFlops() as flops:
+            step()
+    return flops.total
+
+
+def _without_values(model: nn.Module) -> None:
+    """Puts tensors without values, of the CPU by name, in place of a model's on the meta device; shared ones stay so."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                tensors[name] = made[id(tensor)]

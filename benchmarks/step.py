@@ -1,0 +1,197 @@
+"""Whole training steps of ours and of the reference, timed in turns on the same batch.
+
+    python -m benchmarks.step [--json] [--device cpu|cuda] [--preset base|small|tiny] [--batch N]
+                              [--captions histogram full] [--contenders NAME ...] [--minutes 3.5] [--profile]
+
+A step is forward, backward, optimiser, teacher and queue, without loading data. Contenders run A B B A in one process;
+ratios are medians of pairs with a 95 % bootstrap interval. Captions are drawn from the histogram, and all full. "mfu" is
+the FLOPs that the contender executes (counted) over the device's peak. What the time or the device does not allow is
+"not measured". `--out` also writes the result, and with `--profile` a trace and a table of the dearest operations, into
+a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
+from benchmarks import contenders, flops, measure, memory, workload
+
+# What is compared in one process: on a CPU no more than fits into memory beside each other.
+GROUPS = {
+    "cpu": (("ours fp32", "ours bf16", "reference"), ("ours bf16", "modernised")),
+    "cuda": (("ours bf16", "reference", "modernised"),),
+}
+BATCH = {"cpu": 4, "cuda": 64}
+
+
+def compare(names, config, device, batch, captions: str, seconds: float, least: int, warmup: int) -> list[dict]:
+    """One row per contender: step times, samples/s, phases, ratios to each rival in the group. A contender that fails
+    has a row that says so."""
+    data = workload.captions_batch(config, captions, batch)
+    built, rows = {}, []
+    for name in names:
+        try:
+            built[name] = contenders.build(name, config, device, data)
+            built[name]()
+        except Exception as error:  # a rival's failure is a result, not the end of the benchmark
+            built.pop(name, None)
+            rows.append({"contender": name, "captions": captions, "error": f"{type(error).__name__}: {error}"[:300]})
+    samples = measure.interleaved(built, device, seconds, least=least, warmup=warmup) if built else {}
+    for name, times in samples.items():
+        row = {"contender": name, "captions": captions, "batch": batch, **measure.summary(times)}
+        row["samples/s"] = 1e3 * batch / row["median"]
+        row["phases ms"] = built[name].phases(device, steps=1 if row["median"] > 2000 else 3)
+        if name.startswith("ours"):
+            # Of the rival's time: below 1 is faster. Pairs are rounds, so a slow minute hits both of them.
+            row["of"] = {rival: measure.ratio(times, samples[rival]) for rival in samples if not rival.startswith("ours")}
+        rows.append(row)
+    return rows
+
+
+def add_rates(rows: list[dict], config, device, batch: int) -> None:
+    """FLOP/s and MFU from counted FLOPs."""
+    peak = peak_flops_of(device)
+    for captions in {row["captions"] for row in rows}:
+        counted = flops.per_sample(config, workload.lengths_of(captions, batch))
+        for row in rows:
+            if row["captions"] == captions and "median" in row:
+                kind = "ours" if row["contender"].startswith("ours") else "reference"
+                row["FLOP a sample"] = counted[kind]
+                row["FLOP/s"] = counted[kind] * row["samples/s"]
+                row["mfu"] = row["FLOP/s"] / peak if peak else None
+
+
+def largest_batch(name: str, config, device, captions: str, limit: int = 1024) -> dict:
+    """Doubles the batch until memory ends (GPU only): samples/s at each size and the largest that fits."""
+    sizes, batch = {}, 8
+    while batch <= limit:
+        contender = None
+        try:
+            contender = contenders.build(name, config, device, workload.captions_batch(config, captions, batch))
+            times = measure.interleaved({name: contender}, device, seconds=1.0, least=3, warmup=2)[name]
+            sizes[batch] = 1e3 * batch / statistics.median(times)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            del contender
+            release(device)
+        batch *= 2
+    best = max(sizes, key=sizes.get, default=None)
+    return {"samples/s": sizes, "largest batch": max(sizes, default=None), "best batch": best}
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def profile(name: str, config, device, batch: int, captions: str, out: Path) -> str:
+    """Writes a trace of two steps into `out`; returns the table of the dearest operations."""
+    from torch.profiler import ProfilerActivity
+
+    contender = contenders.build(name, config, device, workload.captions_batch(config, captions, batch))
+    contender()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(2):
+            contender()
+    out.mkdir(parents=True, exist_ok=True)
+    stem = name.replace(" ", "_")
+    profiler.export_chrome_trace(str(out / f"{stem}.trace.json"))
+    table = profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=30)
+    (out / f"{stem}.operations.txt").write_text(table)
+    return table
+
+
+def report(args, say) -> dict:
+    """All that the command line asks for and the time allows."""
+    device, config = measure.pick_device(args.device), workload.preset(args.preset, args.dropout)
+    batch = args.batch or BATCH[device.type]
+    groups = [tuple(args.contenders)] if args.contenders else GROUPS[device.type]
+    deadline, rows, missing = time.monotonic() + 60 * args.minutes, [], []
+    todo = [(group, captions) for group in groups for captions in args.captions]
+    for done, (group, captions) in enumerate(todo):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            missing += [f"{name}, captions {captions}: no time left" for name in group]
+            continue
+        warmup = 3 if device.type == "cuda" else args.warmup
+        seconds = min(args.seconds, left / (len(todo) - done))
+        found = compare(group, config, device, batch, captions, seconds, args.least, warmup)
+        release(device)
+        rows += found
+        for row in found:
+            say(f"{captions}: {row['contender']}: " + (row.get("error") or f"{row['median']:.4g} ms a step"))
+    add_rates(rows, config, device, batch)
+    result = {"environment": measure.environment(device), "preset": args.preset, "dropout": args.dropout, "steps": rows}
+    result["peak"] = {"FLOP/s": peak_flops_of(device), "source": peak_flops_source(device)}
+    if args.memory:
+        case = (args.preset, batch, args.captions[0], device, args.dropout)
+        names = dict.fromkeys(name for group in groups for name in group)
+        result["memory"] = {name: memory.measure_apart(name, *case) for name in names}
+    if device.type == "cuda" and args.sizes:
+        names = dict.fromkeys(name for group in groups for name in group)
+        result["batch sizes"] = {name: largest_batch(name, config, device, args.captions[0]) for name in names}
+    if args.profile:
+        name = groups[0][0]
+        say(profile(name, config, device, batch, args.captions[0], args.out or Path("runs/step_profile")))
+    return {**result, "not measured": missing + ([] if device.type == "cuda" else ["a GPU; the largest batch that fits"])}
+
+
+def render(result: dict) -> str:
+    """The result as Markdown."""
+    rows = []
+    for row in result["steps"]:
+        compared = (row.get("of") or {}).items()
+        shown = "; ".join(f"{r['median']:.3f} of {name} ({r['low']:.3f} to {r['high']:.3f})" for name, r in compared)
+        rows.append({**row, "ms": row.get("median"), "ratio": shown or row.get("error", ""), "pairs": row.get("count")})
+    columns = ["contender", "captions", "batch", "ms", "q20", "q80", "samples/s", "mfu", "pairs", "ratio"]
+    phases = [{"contender": r["contender"], "captions": r["captions"], **r["phases ms"]} for r in rows if "phases ms" in r]
+    parts = [measure.table(rows, columns), measure.table(phases, ["contender", "captions", *contenders.PHASES])]
+    if "memory" in result:
+        held = [{"contender": name, **found} for name, found in result["memory"].items()]
+        parts.append(measure.table(held, ["contender", "peak bytes", "state bytes", "above state bytes", "error"]))
+    return "\n\n".join([*parts, "Not measured: " + "; ".join(result["not measured"])])
+
+
+def main(argv=None) -> int:
+    """The command line in this file's head."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument("--device")
+    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--batch", type=int, help="samples a step; default 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--captions", nargs="+", default=["histogram", "full"], choices=workload.CAPTIONS)
+    parser.add_argument("--contenders", nargs="+", choices=contenders.NAMES, help="one group to compare")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the text encoder, as in training")
+    parser.add_argument("--minutes", type=float, default=3.5, help="for all comparisons; what is left is not measured")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for one comparison at most")
+    parser.add_argument("--least", type=int, default=3, help="rounds of a comparison at least")
+    parser.add_argument("--warmup", type=int, default=1, help="uncounted steps of each on a CPU, after a first one")
+    parser.add_argument("--memory", action="store_true", help="also peak memory, each in a process of its own")
+    parser.add_argument("--sizes", action="store_true", help="also samples/s over batch sizes (GPU)")
+    parser.add_argument("--profile", action="store_true", help="trace the first contender")
+    parser.add_argument("--out", type=Path, help="folder for step.json, step.md and the profile")
+    args = parser.parse_args(argv)
+    result = report(args, lambda text: print(text, file=sys.stderr, flush=True))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "step.md").write_text(render(result) + "\n")
+    print(json.dumps(result, indent=1) if args.json else render(result))
+    return 1 if any("error" in row for row in result["steps"]) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
