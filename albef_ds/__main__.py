@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
 
     data = commands.add_parser("data", help="make and inspect data sets").add_subparsers(required=True, metavar="WHAT")
-    shapes = data.add_parser("shapes", help="write Shapes World: JPEG files and annotations, the same for the same seed")
+    shapes = data.add_parser(
+        "shapes", help="write Shapes World: JPEG files and annotations, the same for the same seed"
+    )
     shapes.add_argument("out", type=Path)
     shapes.add_argument("--images", type=int, default=8000)
     shapes.add_argument("--test-images", type=int, default=256)

@@ -21,10 +21,14 @@ def demo(output: Path, ranks: int | None = None, overrides: Sequence[str] = ()) 
     """Runs all of it; returns the launcher's exit status."""
     started = time.perf_counter()
     world = write_shapes_world(output / "data", IMAGES, TEST_IMAGES, seed=SEED)
-    print(f"data: {IMAGES} training and {TEST_IMAGES} test images in {world.root} ({time.perf_counter() - started:.0f} s)")
+    print(
+        f"data: {IMAGES} training and {TEST_IMAGES} test images in {world.root} ({time.perf_counter() - started:.0f} s)"
+    )
     paths = [f"data.train=[{world.train}]", f"data.test={world.test}", f"data.tokenizer={world.vocab}"]
     settings = [f"output_dir={output}", *paths, f"train.deepspeed={machine()}", *overrides]
-    status = subprocess.run([*launcher(ranks), "--module", "albef_ds.train", "demo", *settings], env=environment()).returncode
+    status = subprocess.run(
+        [*launcher(ranks), "--module", "albef_ds.train", "demo", *settings], env=environment()
+    ).returncode
     if status == 0:
         print(summary(output, time.perf_counter() - started))
     return status

@@ -3,8 +3,8 @@
     deepspeed --module albef_ds.train RECIPE.yaml [key.sub=value ...] [--dry-run] [--resume auto|none|FOLDER]
               [--deepspeed_config FILE]
 
-RECIPE is a file or the name of one in albef_ds/configs. `--dry-run` builds everything, does one step on made-up data and
-prints the batch arithmetic and the memory. Without the launcher it runs as a single process.
+RECIPE is a file or the name of one in albef_ds/configs. `--dry-run` builds everything, does one step on made-up data
+and prints the batch arithmetic and the memory. Without the launcher it runs as a single process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe in albef_ds/configs")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe")
     parser.add_argument("--dry-run", action="store_true", help="build all, do one synthetic step, print sizes")
-    parser.add_argument("--resume", help="auto, none, or a checkpoint's folder (default: the recipe's checkpoint.resume)")
+    parser.add_argument(
+        "--resume", help="auto, none, or a checkpoint's folder (default: the recipe's checkpoint.resume)"
+    )
     parser.add_argument("--deepspeed_config", help="a DeepSpeed JSON, or the name of one in ds_configs")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_intermixed_args(argv)  # overrides may stand before and after options
@@ -289,7 +291,7 @@ def deepspeed_folder() -> Path:
 
 def seed_all(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (ours use Generators; a library may not)
     torch.manual_seed(seed)  # the GPU's generator too
 
 

@@ -108,7 +108,9 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     print(f"{result['device']}, {result['steps']} steps, lr {result['lr']}")
-    print(f"{'mode':15} {'loss off by':>20} {'teacher moved':>14} {'temperature':>12} {'bytes/param':>12} {'ms/step':>8}")
+    print(
+        f"{'mode':15} {'loss off by':>20} {'teacher moved':>14} {'temperature':>12} {'bytes/param':>12} {'ms/step':>8}"
+    )
     for mode, row in result["modes"].items():
         off = f"{row['loss_deviation_mean']:.2%} (max {row['loss_deviation_max']:.2%})"
         print(

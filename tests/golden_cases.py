@@ -55,7 +55,9 @@ class GoldenCase:
             attention_dropout=0.0,
         )
         queue_size = state["image_queue"].shape[1]
-        return ModelConfig(**{"vision": vision, "text": text, "embed_dim": dims["embed"], "queue_size": queue_size} | changes)
+        return ModelConfig(
+            **{"vision": vision, "text": text, "embed_dim": dims["embed"], "queue_size": queue_size} | changes
+        )
 
     def build(self, **changes) -> Pretraining:
         task = Pretraining(self.model_config(**changes), sample_negatives=most_likely_negative)

@@ -26,7 +26,9 @@ def test_every_recipe_is_valid_and_headed_by_its_command_and_result(recipe):
 
 
 def test_overrides_change_values_of_every_type():
-    config = load_config("demo", ["optimizer.lr=3e-4", "data.train=[a.json, b.json]", "data.test=null", "log.report=false"])
+    config = load_config(
+        "demo", ["optimizer.lr=3e-4", "data.train=[a.json, b.json]", "data.test=null", "log.report=false"]
+    )
     assert config.optimizer.lr == 3e-4
     assert config.data.train == ("a.json", "b.json")
     assert config.data.test is None and config.log.report is False
@@ -56,7 +58,11 @@ def test_slips_are_named(override, message):
 def test_files_that_are_no_recipe(tmp_path):
     with pytest.raises(ConfigError, match="no such file, nor one of .*demo.*; did you mean 'demo'"):
         load_config("demoo")
-    for text, message in (("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("!!python/object:os.x {}", "YAML")):
+    for text, message in (
+        ("a: [", "not valid YAML"),
+        ("- 1", "a recipe is a mapping"),
+        ("!!python/object:os.x {}", "YAML"),
+    ):
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -22,7 +22,18 @@ def wheel(tmp_path_factory) -> list[str]:
     for name in ("albef_ds", "kernels", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
         return archive.namelist()

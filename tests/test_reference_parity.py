@@ -1,6 +1,6 @@
 """Our step against numbers recorded from the public reference (tests/golden/README.md), in fp32 on the CPU.
 
-    pytest tests/test_reference_parity.py --golden DIR      # DIR: the layout of tests/golden, any sizes
+pytest tests/test_reference_parity.py --golden DIR      # DIR: the layout of tests/golden, any sizes
 """
 
 from __future__ import annotations

@@ -38,7 +38,15 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_a_run_leaves_what_it_promises(finished):
     run, output = finished
-    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json", "report.html", "albef.pth"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "summary.json",
+        "report.html",
+        "albef.pth",
+    ):
         assert (run / name).exists(), name
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 13 and summary["samples_per_s"] > 0
@@ -54,7 +62,9 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_bad_samples_are_replaced_counted_and_listed(finished):
     run, _ = finished
     entries = json.loads((run.parent / "data" / "train.json").read_text())
-    rejected = {line["key"]: line["reason"] for line in map(json.loads, (run / "rejected.jsonl").read_text().splitlines())}
+    rejected = {
+        line["key"]: line["reason"] for line in map(json.loads, (run / "rejected.jsonl").read_text().splitlines())
+    }
     for i in range(3):
         assert entries[i]["image"] in rejected
     assert sum("caption" in reason for reason in rejected.values()) == 2

@@ -22,16 +22,16 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _MEAN, _STD = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-_FILL = (128, 128, 128)
+FILL = 128
 _NUM_OPS = 2
 _PROBABILITY = 0.5
 _LEVEL = 7 / 10  # magnitude 7 on a scale of 10
-_ENHANCE = _LEVEL * 1.8 + 0.1  # one-sided: always brighter, always sharper
+ENHANCE = _LEVEL * 1.8 + 0.1  # one-sided: always brighter, always sharper
 _SHEAR = _LEVEL * 0.3
 _ROTATE = _LEVEL * 30  # degrees
 _TRANSLATE = _LEVEL * 10  # pixels, whatever the image's size
 
-_BRIGHTER = [min(255, int(value * _ENHANCE)) for value in range(256)] * 3
+BRIGHTER = [min(255, int(value * ENHANCE)) for value in range(256)]
 
 
 @dataclass(frozen=True)
@@ -131,28 +131,41 @@ def _affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float
     """
     data = (a, b, c + 0.5 - 0.5 * (a + b), d, e, f + 0.5 - 0.5 * (d + e))
     return image.transform(
-        image.size, Image.Transform.AFFINE, data, resample=Image.Resampling.BILINEAR, fillcolor=_FILL
+        image.size, Image.Transform.AFFINE, data, resample=Image.Resampling.BILINEAR, fillcolor=(FILL, FILL, FILL)
     )
 
 
-def _rotate(image: Image.Image, sign: int) -> Image.Image:
+Matrix = tuple[float, float, float, float, float, float]
+
+
+def _rotation(sign: int, width: int, height: int) -> Matrix:
     # Counter-clockwise for a positive angle, around (W / 2, H / 2) counted in whole pixels: the reference's centre is
     # half a pixel off the image's.
-    x, y = image.width / 2, image.height / 2
+    x, y = width / 2, height / 2
     cos, sin = math.cos(math.radians(_ROTATE)), sign * math.sin(math.radians(_ROTATE))
-    return _affine(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+
+
+# (sign, width, height) -> (a, b, c, d, e, f) of `_affine`
+MATRICES: dict[str, Callable[[int, int, int], Matrix]] = {
+    "ShearX": lambda sign, width, height: (1, -sign * _SHEAR, 0, 0, 1, 0),
+    "ShearY": lambda sign, width, height: (1, 0, 0, -sign * _SHEAR, 1, 0),
+    "TranslateX": lambda sign, width, height: (1, 0, sign * _TRANSLATE, 0, 1, 0),
+    "TranslateY": lambda sign, width, height: (1, 0, 0, 0, 1, sign * _TRANSLATE),
+    "Rotate": _rotation,
+}
+
+
+def _warp(name: str) -> Callable[[Image.Image, int], Image.Image]:
+    return lambda image, sign: _affine(image, *MATRICES[name](sign, *image.size))
 
 
 OPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "Identity": lambda image, sign: image,
     "AutoContrast": lambda image, sign: ImageOps.autocontrast(image),
     "Equalize": lambda image, sign: ImageOps.equalize(image),
-    "Brightness": lambda image, sign: image.point(_BRIGHTER),
-    "Sharpness": lambda image, sign: ImageEnhance.Sharpness(image).enhance(_ENHANCE),
-    "ShearX": lambda image, sign: _affine(image, 1, -sign * _SHEAR, 0, 0, 1, 0),
-    "ShearY": lambda image, sign: _affine(image, 1, 0, 0, -sign * _SHEAR, 1, 0),
-    "TranslateX": lambda image, sign: _affine(image, 1, 0, sign * _TRANSLATE, 0, 1, 0),
-    "TranslateY": lambda image, sign: _affine(image, 1, 0, 0, 0, 1, sign * _TRANSLATE),
-    "Rotate": _rotate,
+    "Brightness": lambda image, sign: image.point(BRIGHTER * 3),
+    "Sharpness": lambda image, sign: ImageEnhance.Sharpness(image).enhance(ENHANCE),
+    **{name: _warp(name) for name in MATRICES},
 }
 _OPS = tuple(OPS.values())

@@ -1,10 +1,10 @@
 """Lists of image files and captions in the forms they come in, read entry by entry: nothing is held in memory.
 
-    FILE.json      the reference's list of {"image": path, "caption": text or [texts]}
-    FILE.jsonl     one such object a line
-    FILE.tsv       path and caption, with or without a header line
-    FILE.parquet   a column of paths and one of captions (text or list of texts)
-    FOLDER         every image file with a text file of the same name: one caption a line
+FILE.json      the reference's list of {"image": path, "caption": text or [texts]}
+FILE.jsonl     one such object a line
+FILE.tsv       path and caption, with or without a header line
+FILE.parquet   a column of paths and one of captions (text or list of texts)
+FOLDER         every image file with a text file of the same name: one caption a line
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Entry:
 
 
 def read_entries(
-    source: str | os.PathLike, image_root: str | os.PathLike | None = None, columns: tuple[str, str] = ("image", "caption")
+    source: str | os.PathLike,
+    image_root: str | os.PathLike | None = None,
+    columns: tuple[str, str] = ("image", "caption"),
 ) -> Iterator[Entry]:
     """The entries of one file or folder, in its order, unusable ones with their `fault`.
 

@@ -255,4 +255,3 @@ def _finish(out: Path, shards: int, identity: dict) -> Manifest:
     manifest = Manifest(samples, rejected, size, tuple(infos), identity, names)
     write_atomically(out / MANIFEST, manifest.to_json())
     return manifest
-

@@ -29,7 +29,9 @@ def open_folder(location: str, cache_dir: str | os.PathLike | None = None, cache
     if "://" not in location:
         return LocalFolder(location)
     if cache_dir is None:
-        raise ShardError(f"{location}: a URL needs a local folder for its shards; set data.cache_dir (and data.cache_gb)")
+        raise ShardError(
+            f"{location}: a URL needs a local folder for its shards; set data.cache_dir (and data.cache_gb)"
+        )
     return CachedFolder(location, Path(cache_dir), cache_bytes)
 
 

@@ -25,7 +25,9 @@ _SHARDS, _MIX = 3, 4  # first words of seeds; order.py has 1 and 2
 class ShardOrder(SampleOrder):
     """`SampleOrder` over shards; made by `over`, since num_samples (of an epoch) follows from the rest."""
 
-    corpora: tuple[tuple[int, ...], ...] = ()  # of each corpus the samples of each shard; corpora number their samples on
+    corpora: tuple[
+        tuple[int, ...], ...
+    ] = ()  # of each corpus the samples of each shard; corpora number their samples on
     taken: tuple[int, ...] = ()  # of each corpus the samples an epoch takes
     buffer: int = 100_000
 

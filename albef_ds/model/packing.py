@@ -12,7 +12,7 @@ from albef_ds.model.attention import Spans
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a packed batch whose result is wanted: a last layer computes no others (they remain keys and values)."""
+    """The rows of a packed batch whose result is wanted: a last layer computes no others (all stay keys and values)."""
 
     index: Tensor  # [R] int64, ascending
     spans: Spans  # their runs by text, as queries

@@ -37,7 +37,9 @@ class FeatureQueue(nn.Module):
         """
         batch = image_feat.shape[0]
         if batch > self.length:
-            raise ValueError(f"a batch of {batch} features does not fit the queue of {self.length}; raise model.queue_size")
+            raise ValueError(
+                f"a batch of {batch} features does not fit the queue of {self.length}; raise model.queue_size"
+            )
         rows = (self.pointer + torch.arange(batch, device=self.pointer.device)) % self.length
         self.image.index_copy_(0, rows, image_feat.to(self.image.dtype))
         self.text.index_copy_(0, rows, text_feat.to(self.text.dtype))

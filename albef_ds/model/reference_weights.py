@@ -68,7 +68,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 # -- the reference's checkpoints ---------------------------------------------------------------------------------------
 
 
-def load_reference(state: Mapping[str, Tensor], student: ALBEF, teacher: Teacher, queue: FeatureQueue, source: str) -> None:
+def load_reference(
+    state: Mapping[str, Tensor], student: ALBEF, teacher: Teacher, queue: FeatureQueue, source: str
+) -> None:
     """Puts a reference checkpoint into student, teacher and queues.
 
     The position embeddings are resampled to this model's image size. Without momentum copies the teacher starts as the
@@ -88,7 +90,9 @@ def load_reference(state: Mapping[str, Tensor], student: ALBEF, teacher: Teacher
     _load_queue(state, queue, source)
 
 
-def to_reference(student: ALBEF, teacher: Teacher | None = None, queue: FeatureQueue | None = None) -> dict[str, Tensor]:
+def to_reference(
+    student: ALBEF, teacher: Teacher | None = None, queue: FeatureQueue | None = None
+) -> dict[str, Tensor]:
     """The state dict as the reference writes it: its names, temperature of no dimension, queues [D, M]."""
     state = _named_as_reference(student.state_dict())
     state["temp"] = state["temp"].reshape(())
@@ -185,7 +189,9 @@ def load_timm(student: ALBEF, name: str) -> None:
         try:
             state = timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:  # timm and the hub raise many kinds; all mean the same to the user
-            raise WeightsError(f"model.vision.weights: {name}: neither a local file nor to be had from timm ({error})") from error
+            raise WeightsError(
+                f"model.vision.weights: {name}: neither a local file nor to be had from timm ({error})"
+            ) from error
     state = fit_position_embeddings(state, student.visual_encoder)
     _load_loosely(student.visual_encoder, state, f"image encoder from {name}")
 
@@ -201,11 +207,15 @@ def load_bert(student: ALBEF, name: str) -> None:
         try:
             state = BertForMaskedLM.from_pretrained(name).state_dict()
         except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise WeightsError(
-                f"model.text.weights: {name}: neither a local folder nor to be had from the hub ({str(error).splitlines()[0]})"
+                f"model.text.weights: {name}: neither a local folder nor to be had from the hub ({reason})"
             ) from error
     # Files written before transformers 4 name LayerNorm's parameters gamma and beta, and drop the leading `bert.`.
-    state = {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
+    state = {
+        k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
+        for k, v in state.items()
+    }
     if not any(k.startswith("bert.") for k in state):
         state = {f"bert.{k}": v for k, v in state.items()}
     _load_loosely(student.text_encoder, state, f"text encoder from {name}")

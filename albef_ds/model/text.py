@@ -179,8 +179,8 @@ class TextEncoder(nn.Module):
         """The text layers: [T] ids to [T, W] embeddings."""
         if spans.max_length > self.config.max_positions:
             raise ValueError(
-                f"a text of {spans.max_length} tokens does not fit model.text.max_positions = {self.config.max_positions}; "
-                "lower data.max_tokens"
+                f"a text of {spans.max_length} tokens does not fit model.text.max_positions = "
+                f"{self.config.max_positions}; lower data.max_tokens"
             )
         hidden = self.bert.embeddings(input_ids, position_ids)
         for layer in self.text_layers:

@@ -53,7 +53,9 @@ def build_vision_encoder(config: VisionConfig, backend: str = "auto") -> VisionT
     return encoder
 
 
-def fit_position_embeddings(state: Mapping[str, Tensor], encoder: VisionTransformer, prefix: str = "") -> dict[str, Tensor]:
+def fit_position_embeddings(
+    state: Mapping[str, Tensor], encoder: VisionTransformer, prefix: str = ""
+) -> dict[str, Tensor]:
     """Resamples `pos_embed` of a state dict to the encoder's number of patches, as the reference does (models/vit.py:
     bicubic, no antialiasing; [CLS] kept). All else is passed on as it is."""
     state = dict(state)

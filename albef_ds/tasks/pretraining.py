@@ -64,7 +64,7 @@ class Pretraining(nn.Module):
             self._set_teacher_due(False)
 
     def finish_step(self, applied: bool = True) -> None:
-        """After the optimiser: the step's features enter the queue. A skipped step leaves queue and teacher untouched."""
+        """After the optimiser: the step's features enter the queue. A skipped step leaves queue and teacher alone."""
         if applied:
             for image_feat, text_feat in self._features:
                 self.queue.enqueue(*gather_features(image_feat, text_feat))
@@ -145,7 +145,9 @@ class Pretraining(nn.Module):
                 self.measures["mi_bound"] = math.log(candidates) - loss(0.0)[0]
         return loss(self.alpha)
 
-    def plan_pairs(self, both: Spans, negative_text: Tensor, negative_image: Tensor, image_embeds: Tensor) -> FusionPlan:
+    def plan_pairs(
+        self, both: Spans, negative_text: Tensor, negative_image: Tensor, image_embeds: Tensor
+    ) -> FusionPlan:
         """Four pairs a sample: (text, image), (hard text, image), (text, hard image), (masked text, image)."""
         batch = image_embeds.shape[0]
         own = torch.arange(batch, device=image_embeds.device)
@@ -153,7 +155,9 @@ class Pretraining(nn.Module):
         images = torch.cat([own, own, negative_image.clamp(min=0), own])
         capacity = None
         if resolve_backend(self.config.attention, image_embeds.device.type, image_embeds.dtype) == "flash":
-            capacity = 3 * both.num_rows // 2 + batch * both.max_length  # the negative texts' length is known to the GPU alone
+            capacity = (
+                3 * both.num_rows // 2 + batch * both.max_length
+            )  # the negative texts' length is known to the GPU alone
         return FusionPlan.build(both, texts, images, batch, capacity)
 
     def wanted_rows(self, plan: FusionPlan, text: Spans, positions: Tensor) -> Tensor:
@@ -185,5 +189,3 @@ def twice(text: PackedText) -> Spans:
     """The spans of the batch's texts followed by the same texts again."""
     cu_seqlens = torch.cat([text.cu_seqlens, text.cu_seqlens[1:] + text.num_tokens])
     return Spans(cu_seqlens, text.max_length, 2 * text.num_tokens)
-
-

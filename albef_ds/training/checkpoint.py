@@ -46,7 +46,7 @@ class CheckpointError(RuntimeError):
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's reader and writer, but it unpickles nothing beyond the allowed classes, and its files reach the disk."""
+    """DeepSpeed's reader and writer, but it unpickles only the allowed classes, and its files reach the disk."""
 
     def save(self, state_dict, path: str):
         with open(path, "wb") as file:
@@ -66,7 +66,7 @@ class Checkpoints:
     Args:
         folder: holds a folder a checkpoint.
         keep: how many complete ones stay.
-        identity: what must be equal for a resume to make sense (the model's and task's configuration); stored and compared.
+        identity: what must be equal for a resume to make sense (parts of the configuration); stored and compared.
     """
 
     def __init__(self, folder: str | Path, keep: int, identity: Mapping):
@@ -75,7 +75,7 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int) -> Path:
-        """Writes the state after `step` optimiser steps; collective. Older ones beyond `keep` go once it is complete."""
+        """Writes the state after `step` optimiser steps; collective. Then the oldest beyond `keep` go."""
         target = self.folder / f"step_{step:08d}"
         if dist.get_rank() == 0:
             shutil.rmtree(target, ignore_errors=True)  # an incomplete one of a killed run
@@ -237,7 +237,7 @@ def _differences(theirs, ours, prefix: str = "") -> list[str]:
 def random_state() -> dict:
     """All generators that a step may draw from, as tensors and plain values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -253,7 +253,7 @@ def restore_random_state(state: Mapping) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
 
 
 def _write_tensors(state: Mapping, path: Path) -> None:

@@ -63,10 +63,11 @@ def describe(
         [
             f"batch:       {plan}",
             f"parameters:  {student / 1e6:.1f} M trained, {teacher / 1e6:.1f} M in the teacher",
-            f"model state: {state / GIB:.2f} GiB a rank (weights {4 * student / GIB:.2f}, teacher {4 * teacher / GIB:.2f}, "
-            f"queues {queue / GIB:.2f}, gradients, masters and moments {4 * divided / GIB:.2f})",
-            f"peak memory: {_peak(device) / GIB:.2f} GiB {'of the device' if device.type == 'cuda' else 'of the process'}",
-            f"compute:     {flops.total / plan.micro_batch / 1e9:.2f} GFLOP a sample, forward and backward, all texts full",
+            f"model state: {state / GIB:.2f} GiB a rank (weights {4 * student / GIB:.2f}, "
+            f"teacher {4 * teacher / GIB:.2f}, queues {queue / GIB:.2f}, "
+            f"gradients, masters and moments {4 * divided / GIB:.2f})",
+            f"peak memory: {_peak(device) / GIB:.2f} GiB of the {'device' if device.type == 'cuda' else 'process'}",
+            f"compute:     {flops.total / plan.micro_batch / 1e9:.2f} GFLOP a sample, both ways, all texts full",
             f"one step:    {time.perf_counter() - start:.2f} s, cold; losses {shown}",
         ]
     )

@@ -46,7 +46,9 @@ def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict
     for key, value in ours.items():
         given = deepspeed_json.get(key, "auto")
         if given not in ("auto", value):
-            raise ConfigError(f"the DeepSpeed configuration sets {key} = {given}, the recipe means {value}; leave it out there")
+            raise ConfigError(
+                f"the DeepSpeed configuration sets {key} = {given}, the recipe means {value}; leave it out there"
+            )
     return {"steps_per_print": 10**9, **deepspeed_json, **ours, "gradient_clipping": clip}
 
 
@@ -69,8 +71,8 @@ def _offloads(config: Mapping) -> bool:
 
 
 def clamp_temperature(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Keeps the temperature in its bounds where the optimiser keeps it: clamped in the model alone, ZeRO would write the
-    unclamped master back at the next step. Costs no communication: every rank clamps the same number."""
+    """Keeps the temperature in its bounds where the optimiser keeps it: were it clamped in the model alone, ZeRO would
+    write the unclamped master back at the next step. Costs no communication: every rank clamps the same number."""
     task = engine.module
     task.clamp_temperature()
     if engine.zero_optimization():

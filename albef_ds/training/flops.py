@@ -9,7 +9,9 @@ aten = torch.ops.aten
 
 # PyTorch's counter knows the attention operators of a GPU only; the CPU's would count as nothing.
 _CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(
+        q, k, v
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(grad, q, k, v)
     ),
@@ -17,7 +19,7 @@ _CPU_ATTENTION = {
 
 
 class FlopCount(FlopCounterMode):
-    """Context manager; `total` is the number of FLOPs executed inside, forward and backward, a multiply-add being two."""
+    """Context manager; `total` is the number of FLOPs executed inside, a multiply-add being two."""
 
     def __init__(self):
         super().__init__(display=False, custom_mapping=_CPU_ATTENTION)

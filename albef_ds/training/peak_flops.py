@@ -56,7 +56,9 @@ def peak_flops_by_name(name: str) -> float | None:
 
 @functools.cache
 def _measured_matmul_flops(threads: int, dtype: torch.dtype) -> float:  # threads: the rate belongs to them
-    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))  # not random: a resumed run must draw as the first did
+    a, b = (
+        torch.ones(1024, 1024, dtype=dtype) for _ in range(2)
+    )  # not random: a resumed run must draw as the first did
     best, deadline = math.inf, time.perf_counter() + 0.5
     while best == math.inf or time.perf_counter() < deadline:
         start = time.perf_counter()

@@ -27,7 +27,8 @@ def by_hand(q, k, v, q_lengths, k_lengths):
 
 runs = st.integers(1, 5).flatmap(
     lambda n: st.tuples(
-        st.lists(st.integers(0, 13), min_size=n, max_size=n).filter(any), st.lists(st.integers(1, 17), min_size=n, max_size=n)
+        st.lists(st.integers(0, 13), min_size=n, max_size=n).filter(any),
+        st.lists(st.integers(1, 17), min_size=n, max_size=n),
     )
 )
 

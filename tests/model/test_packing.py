@@ -32,7 +32,9 @@ def test_packed_pairs_equal_single_pairs(lengths, images, picks, seed):
     inputs = [text_embeds, image_embeds, model.text_encoder.fusion_layers[0].crossattention.self.key.weight]
     weight = torch.randn_like(packed)
     for found, wanted in zip(
-        torch.autograd.grad((packed * weight).sum(), inputs), torch.autograd.grad((single * weight).sum(), inputs), strict=True
+        torch.autograd.grad((packed * weight).sum(), inputs),
+        torch.autograd.grad((single * weight).sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-7)
 

@@ -65,7 +65,9 @@ def test_a_prefix_of_ddp_is_taken_off(recorded):
 
 def test_another_models_checkpoint_is_refused_with_names(recorded):
     small = Pretraining(tiny_model())
-    with pytest.raises(WeightsError, match="not a checkpoint of this model .*cls_token is \\(1, 1, 32\\), the model has \\(1, 1, 24\\)"):
+    with pytest.raises(
+        WeightsError, match="not a checkpoint of this model .*cls_token is \\(1, 1, 32\\), the model has \\(1, 1, 24\\)"
+    ):
         load_reference(recorded, small.model, small.teacher, small.queue, "wrong.pth")
     with pytest.raises(WeightsError, match="missing: itm_head.weight"):
         loaded({k: v for k, v in recorded.items() if k != "itm_head.weight"})
@@ -125,7 +127,9 @@ def test_our_checkpoint_read_by_name_gives_equal_features_in_stock_models(tmp_pa
     state = read_state_dict(tmp_path / "albef.pth")
     batch = tiny_batch(4)
     vit, bert = stock_vit(), stock_bert(layers=1)  # BERT's text layers only: it knows no cross-attention
-    vit.load_state_dict({k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")})
+    vit.load_state_dict(
+        {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
+    )
     named = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
     missing, _ = bert.load_state_dict(named, strict=False)
     assert not [k for k in missing if not k.startswith("cls.predictions.decoder")]
@@ -157,7 +161,9 @@ def test_starting_from_a_local_timm_file_and_a_local_bert_folder(tmp_path, caplo
     for layer in range(3):
         mine = model.text_encoder.bert.encoder.layer[layer].attention.self.query.weight
         assert torch.equal(mine, bert.bert.encoder.layer[layer].attention.self.query.weight)
-    assert torch.equal(model.text_encoder.cls.predictions.transform.dense.weight, bert.cls.predictions.transform.dense.weight)
+    assert torch.equal(
+        model.text_encoder.cls.predictions.transform.dense.weight, bert.cls.predictions.transform.dense.weight
+    )
     # What was not loaded is said, by name.
     assert "NOT loaded, stay random" in caplog.text and "crossattention" in caplog.text
     assert "in the file but not in this model: head.weight" in caplog.text

@@ -64,7 +64,9 @@ def test_a_batch_without_a_masked_token_has_an_mlm_loss_of_zero():
 
 
 @settings(max_examples=20, deadline=None)
-@given(size=st.integers(1, 6), seed=st.integers(0, 1000), alpha=st.sampled_from([0.0, 0.4, 1.0]), queue=st.integers(6, 40))
+@given(
+    size=st.integers(1, 6), seed=st.integers(0, 1000), alpha=st.sampled_from([0.0, 0.4, 1.0]), queue=st.integers(6, 40)
+)
 def test_any_batch_and_queue_give_finite_losses_and_gradients(size, seed, alpha, queue):
     task = build(queue_size=queue)
     for i in range(3):  # the queue wraps
@@ -74,9 +76,11 @@ def test_any_batch_and_queue_give_finite_losses_and_gradients(size, seed, alpha,
 
 
 def padded_losses(task: Pretraining, batch, alpha: float) -> dict[str, torch.Tensor]:
-    """The same losses in the reference's way: sequence by sequence through whole BERTs, four fusion passes, full logits."""
+    """The same losses in the reference's way: text by text through whole BERTs, four fusion passes, full logits."""
     size = len(batch)
-    masked = type(batch.text)(batch.masked.input_ids, batch.text.position_ids, batch.text.cu_seqlens, batch.text.max_length)
+    masked = type(batch.text)(
+        batch.masked.input_ids, batch.text.position_ids, batch.text.cu_seqlens, batch.text.max_length
+    )
     image_embeds, image_feat = task.model.encode_image(batch.images)
     text_embeds, text_feat = task.model.encode_text(batch.text)
     masked_embeds, _ = task.model.encode_text(masked)
@@ -94,13 +98,17 @@ def padded_losses(task: Pretraining, batch, alpha: float) -> dict[str, torch.Ten
         losses.append(-(target * logits.log_softmax(1)).sum(1).mean())
         sims.append(logits[:, :size].detach())
     negative_text, negative_image = (most_likely_negative(s).tolist() for s in sims)
-    pairs = [(i, i) for i in range(size)] + [(t, i) for i, t in enumerate(negative_text)] + list(enumerate(negative_image))
+    pairs = (
+        [(i, i) for i in range(size)] + [(t, i) for i, t in enumerate(negative_text)] + list(enumerate(negative_image))
+    )
     itm_logits = one_by_one(task.model, text_embeds, batch.text, pairs, image_embeds)
     itm = F.cross_entropy(itm_logits, torch.tensor([1] * size + [0] * 2 * size))
 
     def token_logits(model, embeds, images):
         rows = []
-        for i, (start, end) in enumerate(zip(batch.text.cu_seqlens[:-1].tolist(), batch.text.cu_seqlens[1:].tolist(), strict=True)):
+        for i, (start, end) in enumerate(
+            zip(batch.text.cu_seqlens[:-1].tolist(), batch.text.cu_seqlens[1:].tolist(), strict=True)
+        ):
             spans = Spans.equal(1, end - start, "cpu")
             every = torch.arange(end - start)
             rows.append(model.text_encoder.fuse(embeds[start:end], FusionPlan.aligned(spans), images[i : i + 1], every))
@@ -128,7 +136,9 @@ def test_the_packed_step_equals_the_plain_one_in_losses_and_gradients(lengths, s
     packed = task(batch)
     plain = padded_losses(task, batch, 0.4)
     for name in plain:
-        torch.testing.assert_close(packed[name].double(), plain[name], atol=1e-9, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            packed[name].double(), plain[name], atol=1e-9, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
     parameters = [p for p in task.model.parameters() if p.requires_grad]
     found = torch.autograd.grad(sum(packed.values()), parameters, retain_graph=True)
     wanted = torch.autograd.grad(sum(plain.values()), parameters)

@@ -27,7 +27,9 @@ def main() -> int:
         if moment == "step":
             Monitor.log = lambda self, at, *args: die() if at == step else log(self, at, *args)
         elif moment == "manifest":
-            Checkpoints._commit = lambda self, folder, at, files: die() if at == step else commit(self, folder, at, files)
+            Checkpoints._commit = lambda self, folder, at, files: (
+                die() if at == step else commit(self, folder, at, files)
+            )
     return train.main(sys.argv[sys.argv.index("--") + 1 :])
 
 

@@ -1,4 +1,4 @@
-"""The engine against plain PyTorch: ZeRO-2 equals DDP, the teacher moves as arithmetic says, the temperature stays in."""
+"""The engine against plain PyTorch: ZeRO-2 equals DDP, the teacher moves as it should, the temperature stays in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def build_zero2(task, world_size: int, accumulation: int = 1, clip: float = 0.0,
     from albef_ds.training.engine import build_engine
 
     plan = BatchPlan(
-        global_batch=MICRO * accumulation * world_size, micro_batch=MICRO, accumulation=accumulation, world_size=world_size
+        global_batch=MICRO * accumulation * world_size,
+        micro_batch=MICRO,
+        accumulation=accumulation,
+        world_size=world_size,
     )
     json = {"zero_optimization": {"stage": 2, "contiguous_gradients": True, **zero}}
     return build_engine(task, optimizer, engine_config(json, plan, clip))

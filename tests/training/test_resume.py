@@ -43,7 +43,10 @@ def test_killed_at_a_random_step_and_resumed_it_ends_bitwise_the_same(undisturbe
     assert codes[rank] == -signal.SIGKILL, output
     codes, output = run_training([recipe])
     assert codes == [0, 0], output
-    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / f'step_{(step - 1) // 4 * 4:08d}'}" in output, (step, rank)
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / f'step_{(step - 1) // 4 * 4:08d}'}" in output, (
+        step,
+        rank,
+    )
     assert_equal_runs(undisturbed, tmp_path)
 
 

@@ -1,0 +1,114 @@
+"""The numbers of a step that do not wobble, for benchmarks.regress: what is executed, asked for and sent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import torch
+
+from benchmarks import contenders, flops, measure, workload
+from benchmarks.counting import OperatorCount
+
+BATCH = 8
+# Shares by which a count may differ; names without an entry may not differ at all.
+MARGINS = {"FLOP": 0.002, "bytes": 0.001, "operators": 0.02, "kernel launches": 0.02, "instructions": 0.025}
+
+INSTRUCTIONS = {
+    "masking a caption": (
+        "mask_ids(ids, rng, probability=0.15, vocab_size=30522, mask_id=103, cls_id=101, pad_id=0)",
+        "import numpy as np; from albef_ds.data.masking import mask_ids; "
+        "rng = np.random.default_rng(0); ids = list(range(1000, 1020))",
+    ),
+    "packing a batch": (
+        "PackedText.from_lists(texts)",
+        "from albef_ds.data.batch import PackedText; texts = [list(range(n)) for n in (9, 10, 11, 12, 13, 15, 17, 25)]",
+    ),
+}
+
+
+def margin_of(name: str) -> float:
+    return next((margin for part, margin in MARGINS.items() if part in name), 0.0)
+
+
+def collect(device: torch.device, preset: str, instructions: bool = False) -> dict[str, float | None]:
+    """All counts; None is "not measured here". FLOPs are of `preset`, the rest of the tiny model, where it is the same."""
+    found = {**flop_counts(preset), **step_counts(device), **collective_counts()}
+    for name, (statement, setup) in INSTRUCTIONS.items():
+        found[f"instructions: {name}"] = instruction_count(statement, setup) if instructions else None
+    return found
+
+
+def flop_counts(preset: str) -> dict[str, float]:
+    config, found = workload.preset(preset), {}
+    for captions in ("mean14", "full"):
+        case = flops.per_sample(config, workload.lengths_of(captions, BATCH))
+        found[f"FLOP a sample, {preset}, {captions}"] = case["ours"]
+        found[f"FLOP of the reference's, {preset}, {captions}"] = case["ratio"]
+    return found
+
+
+def step_counts(device: torch.device) -> dict[str, float | None]:
+    """Of one step of our tiny model after a first one: operators, host syncs, graph breaks, launches."""
+    config = workload.preset("tiny")
+    name = "ours bf16" if device.type == "cuda" else "ours fp32"
+    torch._dynamo.utils.counters.clear()
+    step = contenders.build(name, config, device, workload.captions_batch(config, "mean14", BATCH))
+    step()
+    with OperatorCount() as counted:
+        step()
+    return {
+        "operators a step": counted.total,
+        "values asked for by the host a step": counted.host_syncs,
+        "waits for the GPU a step": gpu_waits(step) if device.type == "cuda" else None,
+        "kernel launches a step": kernel_launches(step) if device.type == "cuda" else None,
+        "compiled regions": torch._dynamo.utils.counters["stats"].get("unique_graphs", 0),
+        "graph breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+    }
+
+
+def gpu_waits(step) -> int:
+    """Synchronising calls that PyTorch itself reports."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+def kernel_launches(step) -> int:
+    from torch.profiler import DeviceType, ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def collective_counts(world: int = 8) -> dict[str, float]:
+    """Under ZeRO-2 on made-up ranks, in a process of its own: a process can join one group only."""
+    command = [sys.executable, "-m", "benchmarks.collectives", "--world", str(world)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"counting collectives failed:\n{done.stderr[-2000:]}")
+    counted = json.loads(done.stdout.strip().splitlines()[-1])
+    return {
+        f"collectives a step, {world} ranks": counted["collectives a step"],
+        f"bytes handed to collectives a step, {world} ranks": counted["bytes a step"],
+    }
+
+
+def instruction_count(statement: str, setup: str, number: int = 100) -> float | None:
+    """Instructions of one call under callgrind; None where valgrind is not installed."""
+    if shutil.which("valgrind") is None:
+        return None
+    from torch.utils.benchmark import Timer
+
+    return Timer(statement, setup=setup).collect_callgrind(number=number).counts(denoise=True) / number
