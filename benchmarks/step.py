@@ -161,7 +161,8 @@ def render(result: dict) -> str:
     parts = [measure.table(rows, columns), measure.table(phases, ["contender", "captions", *contenders.PHASES])]
     if "memory" in result:
         held = [{"contender": name, **found} for name, found in result["memory"].items()]
-        parts.append(measure.table(held, ["contender", "peak bytes", "state bytes", "above state bytes", "error"]))
+        parts.append(measure.table(held, ["contender", "peak bytes", "state bytes", "above state bytes"]))
+        parts += [f"{row['contender']}: {row['error']}" for row in held if "error" in row]
     return "\n\n".join([*parts, "Not measured: " + "; ".join(result["not measured"])])
 
 

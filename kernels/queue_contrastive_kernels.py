@@ -153,7 +153,7 @@ def statistics(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(partial, sim_i2t, sim_t2i, alpha, final, row_loss, B, splits, HAS_IDS: tl.constexpr, SPLITS: tl.constexpr):
-    """final [2, 5, B] and row_loss [2, B] from partial [2, splits, 7, B]. Grid: blocks of COMBINE_ROWS rows, directions."""
+    """final [2, 5, B] and row_loss [2, B] from partial [2, splits, 7, B]. Grid: row blocks, directions."""
     direction = tl.program_id(1)
     rows = tl.program_id(0) * COMBINE_ROWS + tl.arange(0, COMBINE_ROWS)
     k = tl.arange(0, SPLITS)

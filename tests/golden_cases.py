@@ -59,8 +59,8 @@ class GoldenCase:
             **{"vision": vision, "text": text, "embed_dim": dims["embed"], "queue_size": queue_size} | changes
         )
 
-    def build(self, **changes) -> Pretraining:
-        task = Pretraining(self.model_config(**changes), sample_negatives=most_likely_negative)
+    def build(self, loss_impl: str = "auto", **changes) -> Pretraining:
+        task = Pretraining(self.model_config(**changes), most_likely_negative, loss_impl)
         path = self.folder / f"{self.name}.pth"
         load_reference(read_state_dict(path), task.model, task.teacher, task.queue, str(path))
         return task

@@ -16,6 +16,7 @@ from albef_ds.training.optimizer import build_optimizer
 from tests.golden_cases import GoldenCase
 from tests.ranks import run_ranks
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECORDED_OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.02, betas=(0.9, 0.999), eps=1e-8)
 
 # fp32 sums in another order: losses to 2e-5 relative, gradients to 1e-4 of their norm. AdamW turns the sign of a tiny
@@ -36,14 +37,15 @@ def check_final(case: GoldenCase, found: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(found[name], value, atol=WEIGHT, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_pretrain_in_one_process(golden: Path):
+@pytest.mark.parametrize("impl", ["torch", "triton"])  # Triton in its interpreter where there is no GPU
+def test_pretrain_in_one_process(golden: Path, impl: str):
     case = GoldenCase(golden, "pretrain")
-    task = case.build()
+    task = case.build(impl).to(DEVICE)
     optimizer = build_optimizer(task, RECORDED_OPTIMIZER)
     for step in range(case.steps):
         task.start_step(case.alpha(step))
         task.clamp_temperature()
-        losses = task(case.batch(step))
+        losses = task(case.batch(step).to(DEVICE))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         check_losses({k: v.item() for k, v in losses.items()}, case.losses(step))
@@ -55,7 +57,7 @@ def test_pretrain_in_one_process(golden: Path):
 
 
 def check_gradients(case: GoldenCase, task: torch.nn.Module) -> None:
-    gradients = {name: p.grad for name, p in task.model.named_parameters()}
+    gradients = {name: p.grad.cpu() for name, p in task.model.named_parameters()}
     recorded = {k.removeprefix("grad/"): torch.from_numpy(v) for k, v in case.arrays.items() if k.startswith("grad/")}
     assert recorded, "the case holds no gradients"
     for name, value in recorded.items():

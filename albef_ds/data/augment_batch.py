@@ -98,9 +98,9 @@ def _brightness(images: Tensor) -> Tensor:
 def _sharpness(images: Tensor) -> Tensor:
     smooth = images.float()
     if min(images.shape[2:]) > 2:  # Pillow's filter leaves the border as it is
-        kernel = torch.full((3, 1, 3, 3), 1 / 13, device=images.device)
-        kernel[:, :, 1, 1] = 5 / 13
-        filtered = F.conv2d(smooth, kernel, groups=3)
+        kernel = torch.ones(3, 1, 3, 3, device=images.device)  # whole numbers: exact in TF32 too
+        kernel[:, :, 1, 1] = 5
+        filtered = F.conv2d(smooth, kernel, groups=3) / 13
         smooth[:, :, 1:-1, 1:-1] = (filtered + 0.5 + 1e-3).floor().clamp(0, 255)
     sharp = smooth + (images.float() - smooth) * ENHANCE
     return (sharp + 1e-4).trunc().clamp(0, 255).to(torch.uint8)

@@ -252,3 +252,13 @@ def test_auto_is_triton_on_a_gpu_where_it_fits_and_torch_elsewhere(device, monke
     for dim, dtype in ((24, torch.float32), (513, torch.float32), (24, torch.float64)):
         make(replace(SMALL, dim=dim), dtype, device).run(queue_contrastive_loss)
     assert asked == (["triton", "torch", "torch"] if device.type == "cuda" else ["torch"] * 3)
+
+
+@pytest.mark.parametrize("with_ids,limit", [(False, 1e-3), (True, 5e-5)])
+def test_the_share_of_the_positives_is_not_rounded_to_bf16(with_ids, limit, device, triton_runs):
+    """fp32 features over a bf16 queue: the gradient comes back unrounded and shows what the products lost."""
+    problem = make(replace(SMALL, length=200, alpha=0.0, with_ids=with_ids), torch.bfloat16, device)
+    truth = problem.run(oracle.queue_contrastive_loss, exact=True)
+    problem.tensors[:4] = [x.float() for x in problem.tensors[:4]]
+    got = problem.run(queue_contrastive_loss, impl="triton")
+    assert max(relative(a, b) for a, b in zip(got[3:5], truth[3:5], strict=True)) < limit

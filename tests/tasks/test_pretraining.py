@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -144,6 +145,30 @@ def test_the_packed_step_equals_the_plain_one_in_losses_and_gradients(lengths, s
     wanted = torch.autograd.grad(sum(plain.values()), parameters)
     for (name, _), f, w in zip(task.model.named_parameters(), found, wanted, strict=True):
         assert (f - w).norm() <= 1e-7 * max(float(w.norm()), 1e-3), name
+
+
+def test_three_steps_with_the_triton_kernels_equal_three_with_pytorch():
+    """In the interpreter where there is no GPU; the sampler draws from the same seed in both."""
+    from albef_ds.kernels import sample_hard_negatives
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finals = []
+    for impl in ("torch", "triton"):
+        torch.manual_seed(0)
+        sample = functools.partial(sample_hard_negatives, impl=impl)
+        task = Pretraining(tiny_model(), sample_negatives=sample, loss_impl=impl).to(device)
+        optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for i in range(3):
+            task.start_step(alpha=0.4)
+            losses = task(tiny_batch(5, seed=i).to(device))
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            task.finish_step()
+        finals.append({**task.state_dict(), **losses})
+    for name, value in finals[0].items():
+        torch.testing.assert_close(finals[1][name], value, atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_bound_on_mutual_information_is_log_candidates_minus_infonce():

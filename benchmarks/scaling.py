@@ -1,0 +1,232 @@
+"""Communication and memory of many GPUs, on paper.
+
+    python -m benchmarks.scaling [--json] [--out DIR] [--preset base] [--batch 64] [--step-ms MS] [--step-json FILE]
+
+For 8 to 512 A100s in nodes of 8, ZeRO-1 and 2 as DeepSpeed runs them with our settings: fp32 gradients, fp32 parameters.
+Everything is CALCULATED from the model's sizes and the data sheet's link rates, except a single GPU's step time, which is
+taken from a measurement (`--step-ms`, or `--step-json` of benchmarks.step on that GPU) or is not there. Without it
+compute is only bounded from below, by the counted FLOPs at the data sheet's peak; no efficiency is then given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from albef_ds.config import ModelConfig
+from albef_ds.tasks.pretraining import Pretraining
+from albef_ds.training.peak_flops import peak_flops_by_name
+from benchmarks import flops, measure, workload
+
+WORLDS = (8, 16, 32, 64, 128, 256, 512)
+NODE = 8
+GIB = 2**30
+# One direction, bytes/s, from the data sheet of the DGX A100: NVLink 600 GB/s a GPU both ways; 8 HDR cards of 200 Gbit/s a
+# node. Rings cross a node's border once each and share its cards, so a node's rate is what a rank's bytes flow at.
+LINKS = {"NVLink": 300e9, "InfiniBand of a node": 200e9}
+CHIP = "A100"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What communication and memory depend on. Numbers of elements, fp32 throughout."""
+
+    trained: int
+    teacher: int
+    queue: int
+    embed_dim: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of GPUs under one stage. Bytes are those that a rank sends in a step, ring algorithms assumed."""
+
+    world: int
+    stage: int
+    reduce_bytes: float  # gradients
+    gather_bytes: float  # updated parameters
+    feature_bytes: float  # the teacher's features for the queues
+    parameters_gib: float
+    teacher_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    queue_gib: float
+    communication_ms: float  # all of the bytes over the slowest link at its nominal rate
+    compute_ms: float | None  # measured on one GPU
+    efficiency_none_hidden: float | None  # if no communication overlaps compute
+    efficiency_reduce_hidden: float | None  # if the gradients' part overlaps the backward pass wholly
+
+    @property
+    def state_gib(self) -> float:
+        return self.parameters_gib + self.teacher_gib + self.gradients_gib + self.optimizer_gib + self.queue_gib
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    with torch.device("meta"):
+        task = Pretraining(config)
+    return Sizes(
+        trained=sum(p.numel() for p in task.model.parameters()),
+        teacher=sum(p.numel() for p in task.teacher.parameters()),
+        queue=task.queue.image.numel() + task.queue.text.numel(),
+        embed_dim=config.embed_dim,
+    )
+
+
+def calculate(sizes: Sizes, world: int, stage: int, batch: int, reduce: str, step_ms: float | None) -> Row:
+    """
+    Args:
+        batch: samples a GPU.
+        reduce: "allreduce", what DeepSpeed does by default with a bucket that belongs to several ranks (every rank
+            receives the whole sum), or "scatter", every rank receives its own share alone, at half the traffic.
+        step_ms: of one GPU without communication, measured; None: not measured.
+    """
+    ring = (world - 1) / world  # a reduce-scatter or all-gather of N bytes sends this share of them from each rank
+    passes = {"allreduce": 2, "scatter": 1}[reduce]
+    reduce_bytes = passes * ring * 4 * sizes.trained
+    gather_bytes = ring * 4 * sizes.trained
+    feature_bytes = ring * world * 2 * batch * sizes.embed_dim * 4
+    link = LINKS["NVLink"] if world <= NODE else LINKS["InfiniBand of a node"]
+    reduce_ms = 1e3 * reduce_bytes / link
+    rest_ms = 1e3 * (gather_bytes + feature_bytes) / link
+    held = 4 * sizes.trained / GIB
+    return Row(
+        world=world,
+        stage=stage,
+        reduce_bytes=reduce_bytes,
+        gather_bytes=gather_bytes,
+        feature_bytes=feature_bytes,
+        parameters_gib=held,
+        teacher_gib=4 * sizes.teacher / GIB,
+        gradients_gib=held / world if stage == 2 else held,
+        optimizer_gib=3 * held / world,  # fp32 masters and two moments
+        queue_gib=4 * sizes.queue / GIB,
+        communication_ms=reduce_ms + rest_ms,
+        compute_ms=step_ms,
+        efficiency_none_hidden=step_ms and step_ms / (step_ms + reduce_ms + rest_ms),
+        efficiency_reduce_hidden=step_ms and step_ms / (max(step_ms, reduce_ms) + rest_ms),
+    )
+
+
+def report(preset: str, batch: int, step_ms: float | None, source: str) -> dict:
+    """All rows, with what they were calculated from."""
+    config = workload.preset(preset)
+    sizes = sizes_of(config)
+    work = flops.per_sample(config, workload.lengths_of("mean14", 8))["ours"]
+    rows = {
+        reduce: [calculate(sizes, world, stage, batch, reduce, step_ms) for stage in (1, 2) for world in WORLDS]
+        for reduce in ("allreduce", "scatter")
+    }
+    return {
+        "calculated": "everything but compute_ms",
+        "step time": source if step_ms else "not measured; no efficiency is given",
+        "lower bound of compute ms": 1e3 * batch * work / peak_flops_by_name(CHIP),
+        "preset": preset,
+        "samples a GPU": batch,
+        "sizes": dataclasses.asdict(sizes),
+        "links, bytes/s": LINKS,
+        "rows": {name: [{**dataclasses.asdict(r), "state_gib": r.state_gib} for r in found] for name, found in rows.items()},
+    }
+
+
+def measured_step(path: Path, batch: int) -> tuple[float, str]:
+    """(milliseconds, where from) of ours in a result of benchmarks.step with this batch.
+
+    Raises:
+        ValueError: the file holds no such measurement, or it is not an A100's.
+    """
+    found = json.loads(path.read_text())
+    device = found["environment"]["device"]
+    if CHIP not in device:
+        raise ValueError(f"{path.name} was measured on {device}, these are {CHIP}s")
+    for row in found["steps"]:
+        if row["contender"] == "ours bf16" and row.get("batch") == batch and "median" in row:
+            return row["median"], f"measured: {path.name}, {device}, captions {row['captions']}"
+    raise ValueError(f"{path.name} holds no step of ours at {batch} samples")
+
+
+def plot(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for reduce, rows in found["rows"].items():
+        mine = [row for row in rows if row["stage"] == 2]
+        times = [row["communication_ms"] for row in mine]
+        left.plot([row["world"] for row in mine], times, marker="o", label=f"communication, gradients by {reduce}")
+    bound = found["lower bound of compute ms"]
+    left.axhline(bound, color="grey", linestyle="--", label="compute, lower bound")
+    if found["rows"]["scatter"][0]["compute_ms"]:
+        left.axhline(found["rows"]["scatter"][0]["compute_ms"], color="black", label="compute, measured on one GPU")
+    left.set(xscale="log", xlabel="GPUs", ylabel="ms a step", ylim=(0, None), title="Communication, calculated, none hidden")
+    for stage in (1, 2):
+        mine = [row for row in found["rows"]["scatter"] if row["stage"] == stage]
+        right.plot([row["world"] for row in mine], [row["state_gib"] for row in mine], marker="o", label=f"ZeRO-{stage}")
+    right.set(xscale="log", xlabel="GPUs", ylabel="GiB a GPU", ylim=(0, None), title="Model state, calculated")
+    for axes in (left, right):
+        axes.set_xticks(WORLDS, WORLDS)
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def render(found: dict) -> str:
+    lines = [
+        f"Calculated for {found['preset']}, {found['samples a GPU']} samples a GPU, {CHIP}s in nodes of {NODE}. "
+        f"Step time of one GPU: {found['step time']}. Compute takes at least {found['lower bound of compute ms']:.1f} ms "
+        "(counted FLOPs at the data sheet's peak)."
+    ]
+    for reduce, rows in found["rows"].items():
+        shown = [
+            {
+                "GPUs": row["world"],
+                "ZeRO": row["stage"],
+                "gradients MB": row["reduce_bytes"] / 1e6,
+                "parameters MB": row["gather_bytes"] / 1e6,
+                "features MB": row["feature_bytes"] / 1e6,
+                "ms": row["communication_ms"],
+                "state GiB": row["state_gib"],
+                "efficiency, none hidden": row["efficiency_none_hidden"],
+                "efficiency, gradients hidden": row["efficiency_reduce_hidden"],
+            }
+            for row in rows
+        ]
+        lines += ["", f"Gradients by {reduce}; sent by each rank in a step:", "", measure.table(shown, list(shown[0]))]
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    """The command line in this file's head."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for scaling.json, scaling.md and scaling.png")
+    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--batch", type=int, default=64, help="samples a GPU")
+    parser.add_argument("--step-ms", type=float, help="measured step of one GPU without communication")
+    parser.add_argument("--step-json", type=Path, help="result of benchmarks.step on that GPU")
+    args = parser.parse_args(argv)
+    step_ms, source = args.step_ms, "measured, given by --step-ms"
+    if args.step_json:
+        try:
+            step_ms, source = measured_step(args.step_json, args.batch)
+        except ValueError as error:
+            parser.error(str(error))
+    found = report(args.preset, args.batch, step_ms, source)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "scaling.md").write_text(render(found) + "\n")
+        plot(found, args.out / "scaling.png")
+    print(json.dumps(found, indent=1) if args.json else render(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
