@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format gpu install clean
 
 demo: $(VENV)/.installed
 	$(PY) -m albef_ds demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Every test and benchmark that a GPU is worth, within ten minutes; its report goes to benchmarks/results/.
+gpu: $(VENV)/.installed
+	$(PY) -m benchmarks.suite --out benchmarks/results/$(shell date +%Y-%m-%d)
 
 install: $(VENV)/.installed
 

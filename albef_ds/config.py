@@ -76,7 +76,15 @@ class AugmentConfig(_Section):
 
 
 class DataConfig(_Section):
-    train: tuple[str, ...] = ()  # annotation files of the reference's form
+    train: tuple[str, ...] = ()  # annotation files of the reference's form; or else:
+    shards: tuple[str, ...] = ()  # folders made by `albef_ds data pack`, here or URLs (https://, s3://, ...)
+    weights: tuple[float, ...] = ()  # of each folder: how often an epoch goes through it; none: once
+    shuffle_buffer: int = Field(100_000, gt=0)  # samples of shards that are shuffled among each other
+    on_bad_shard: Literal["fatal", "skip"] = "fatal"  # missing, cut short or changed: stop, or put other samples there
+    max_rejects: int | None = Field(10_000, ge=0)  # different unusable samples a rank; more stop the run; null: any number
+    cache_dir: str | None = None  # local folder for the shards of URLs
+    cache_gb: float = Field(50.0, gt=0)  # what it may hold, all ranks of a machine together
+    loader: Literal["auto", "torch", "dali"] = "auto"  # auto: DALI where it is installed
     test: str | None = None  # retrieval annotations, evaluated at the end
     image_root: str | None = None  # what relative image paths start from; None: the annotation file's folder
     tokenizer: str = "bert-base-uncased"  # a hub name, a folder or a vocab.txt
@@ -85,7 +93,7 @@ class DataConfig(_Section):
     max_tokens: int = Field(25, gt=1)
     mlm_probability: float = Field(0.15, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
-    workers: int = Field(4, ge=0)  # loader processes a rank
+    workers: int = Field(4, ge=0)  # loader processes a rank; with DALI: threads
 
 
 class OptimizerConfig(_Section):

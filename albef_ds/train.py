@@ -22,6 +22,7 @@ import torch
 
 from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
 from albef_ds.data.annotations import AnnotationError
+from albef_ds.data.shard_format import ShardError
 from albef_ds.data.tokenizer import TokenizerError
 from albef_ds.data.torch_loader import UnreadableImagesError
 from albef_ds.evaluation.encoding import EvaluationError
@@ -36,6 +37,7 @@ USER_ERRORS = (
     ConfigError,
     DeepSpeedConfigError,
     AnnotationError,
+    ShardError,
     TokenizerError,
     WeightsError,
     CheckpointError,
@@ -100,7 +102,7 @@ class Run:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume: str | None) -> int:
-        from albef_ds.data.annotations import read_pairs
+        from albef_ds.data.loader import build_loader
         from albef_ds.data.prefetch import on_device
         from albef_ds.training.checkpoint import Checkpoints
         from albef_ds.training.loop import Plan, train
@@ -109,10 +111,7 @@ class Run:
         from albef_ds.training.schedule import alpha_ramp
 
         config, out = self.config, Path(self.config.output_dir)
-        if not config.data.train:
-            raise ConfigError("data.train is empty: name the annotation files to train on")
-        annotations = read_pairs(config.data.train, config.data.image_root)
-        loader = self.loader(annotations)
+        loader = build_loader(config, self.tokenizer, self.batch_plan, self.rank, self.world_size, self.device)
         total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ class Run:
             peak_flops=peak_flops_of(self.device, self.arithmetic),
             log_every=config.log.every,
         )
-        monitor.rejected(annotations.rejected if self.rank == 0 else ())
+        monitor.rejected(loader.rejected if self.rank == 0 else ())
         if start < total:
             train(self.engine, on_device(loader.batches(start), self.device), plan, monitor, checkpoints)
         self.finish({**monitor.close(), "mfu_of": peak_flops_source(self.device, self.arithmetic)})
@@ -167,35 +166,6 @@ class Run:
             )
         except ValueError as error:
             raise ConfigError(f"schedule: {error}") from error
-
-    def loader(self, annotations):
-        from albef_ds.data.augment import TrainTransform
-        from albef_ds.data.torch_loader import PretrainingLoader
-
-        data, plan = self.config.data, self.batch_plan
-        try:
-            return PretrainingLoader(
-                annotations,
-                self.tokenizer,
-                TrainTransform(
-                    self.config.model.vision.image_size,
-                    scale=data.augment.crop_scale,
-                    horizontal_flip=data.augment.horizontal_flip,
-                    randaugment=data.augment.randaugment,
-                ),
-                micro_batch=plan.micro_batch,
-                accumulation=plan.accumulation,
-                rank=self.rank,
-                world_size=self.world_size,
-                seed=self.config.train.seed,
-                max_words=data.max_words,
-                max_tokens=data.max_tokens,
-                mlm_probability=data.mlm_probability,
-                workers=data.workers,
-                pin_memory=self.device.type == "cuda",
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
     def resume(self, checkpoints, wanted: str | None) -> int:
         """Restores what `wanted` says (auto, none or a folder); returns the number of steps done."""

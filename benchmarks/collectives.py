@@ -1,6 +1,6 @@
 """Collectives and bytes of one optimiser step under DeepSpeed, counted as one rank of many sees them.
 
-    python -m benchmarks.collectives [--world 8] [--preset tiny] [--deepspeed zero2_cpu] [--stage 2]
+    python -m benchmarks.collectives [--world 8] [--preset tiny] [--deepspeed zero2_a100_80gb] [--stage 2]
 
 The ranks are made up: PyTorch's "fake" process group answers every collective at once with nothing. What the step asks
 for is counted, what comes back is not looked at, so losses mean nothing here.
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from albef_ds.config import BatchPlan, OptimizerConfig
 from albef_ds.tasks.pretraining import Pretraining
-from benchmarks import flops, workload
+from benchmarks import flops, measure, workload
 from benchmarks.counting import OperatorCount
 
 MICRO = 8
@@ -65,10 +65,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", type=int, default=8)
     parser.add_argument("--preset", default="tiny", choices=("base", "small", "tiny"))
-    parser.add_argument("--stage", type=int, default=2, choices=(1, 2))
+    parser.add_argument("--deepspeed", default="zero2_a100_80gb", help="name of a file in ds_configs")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="in place of the file's")
     args = parser.parse_args(argv)
-    zero = {"stage": args.stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True}
-    print(json.dumps(count(args.world, args.preset, {"zero_optimization": zero})))
+    given = json.loads((measure.ROOT / "ds_configs" / f"{args.deepspeed}.json").read_text())
+    given.pop("_comment", None)
+    given["zero_optimization"]["stage"] = args.stage or given["zero_optimization"]["stage"]
+    if not torch.cuda.is_available():
+        given["zero_optimization"]["overlap_comm"] = False  # there is no second stream to overlap on
+    print(json.dumps(count(args.world, args.preset, given)))
     return 0
 
 

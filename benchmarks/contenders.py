@@ -1,4 +1,4 @@
-"""The rivals of benchmarks.step, each a whole training step on the same batch: forward, backward, optimiser, teacher, queue."""
+"""The rivals of benchmarks.step: whole training steps (forward, backward, optimiser, teacher, queue) on one batch."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Contender:
 
     name: str
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     step: Callable[[Callable], dict]
     set_batch: Callable[[PretrainingBatch], None]
 
@@ -75,19 +76,29 @@ class Contender:
         return 4 * trained + frozen + sum(b.numel() * b.element_size() for b in self.model.buffers())
 
 
-def build(name: str, config: ModelConfig, device: torch.device, batch: PretrainingBatch) -> Contender:
-    """The contender of that name (NAMES), its weights drawn from the same seed, with `batch` set."""
+def build(
+    name: str,
+    config: ModelConfig,
+    device: torch.device,
+    batch: PretrainingBatch,
+    weights_of: Contender | None = None,
+) -> Contender:
+    """The contender of that name (NAMES), its weights drawn from the same seed, with `batch` set.
+
+    Args:
+        weights_of: another precision of ours, whose weights and optimiser are then shared to save memory.
+    """
     if name not in NAMES:
         raise ValueError(f"unknown contender {name!r}; choose from {', '.join(NAMES)}")
     torch.manual_seed(0)
-    found = _ours(name, config, device) if name.startswith("ours") else _reference(name, config, device)
+    found = _ours(name, config, device, weights_of) if name.startswith("ours") else _reference(name, config, device)
     found.set_batch(batch)
     return found
 
 
-def _ours(name: str, config: ModelConfig, device: torch.device) -> Contender:
-    task = Pretraining(config).to(device).train()
-    optimizer = build_optimizer(task, OPTIMIZER)
+def _ours(name: str, config: ModelConfig, device: torch.device, weights_of: Contender | None) -> Contender:
+    task = weights_of.model if weights_of else Pretraining(config).to(device).train()
+    optimizer = weights_of.optimizer if weights_of else build_optimizer(task, OPTIMIZER)
     given: dict[str, PretrainingBatch] = {}
     half = name.endswith("bf16")
 
@@ -108,7 +119,7 @@ def _ours(name: str, config: ModelConfig, device: torch.device) -> Contender:
             task.finish_step()
         return losses
 
-    return Contender(name, task, step, lambda batch: given.update(batch=batch.to(device)))
+    return Contender(name, task, optimizer, step, lambda batch: given.update(batch=batch.to(device)))
 
 
 def _reference(name: str, config: ModelConfig, device: torch.device) -> Contender:
@@ -144,7 +155,7 @@ def _reference(name: str, config: ModelConfig, device: torch.device) -> Contende
     def set_batch(batch: PretrainingBatch) -> None:
         given.update(batch=PaddedBatch.from_packed(batch).to(device))
 
-    return Contender(name, model, step, set_batch)
+    return Contender(name, model, optimizer, step, set_batch)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Counts what a step does without timing it: FLOPs, operators, host syncs, collectives. Counts do not wobble.
 
 FLOPs of a model of any size are counted on tensors that have shapes and no values (`FakeTensorMode`), in seconds and
-without memory. A step that packs its texts asks the host for a few numbers (how many tokens, how many labels), which such
+without memory. A step asks its tensors for a few numbers (how many tokens are packed, how many labelled), which such
 tensors cannot answer. They depend on the caption lengths and the chosen negatives alone, not on the model's width; so
 the step first runs really, on a narrow model with the same batch, and `Recording` notes the answers for `Replay`.
 """
@@ -148,7 +148,7 @@ def count_flops(build: Callable[[object], tuple[nn.Module, Callable[[], object]]
 
 
 def _without_values(model: nn.Module) -> None:
-    """Puts tensors without values, of the CPU by name, in place of a model's on the meta device; shared ones stay so."""
+    """Puts tensors without values, of the CPU by name, in place of a model's meta tensors; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -39,7 +39,7 @@ def margin_of(name: str) -> float:
 
 
 def collect(device: torch.device, preset: str, instructions: bool = False) -> dict[str, float | None]:
-    """All counts; None is "not measured here". FLOPs are of `preset`, the rest of the tiny model, where it is the same."""
+    """All counts; None is "not measured here". FLOPs are of `preset`; the rest is counted on the tiny model."""
     found = {**flop_counts(preset), **step_counts(device), **collective_counts()}
     for name, (statement, setup) in INSTRUCTIONS.items():
         found[f"instructions: {name}"] = instruction_count(statement, setup) if instructions else None

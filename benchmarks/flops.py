@@ -2,9 +2,9 @@
 
     python -m benchmarks.flops [--json] [--batch 8] [--preset base]
 
-Counted operator by operator (benchmarks/counting.py), not calculated. The head numbers are for 8 captions with a mean of
-14 of 25 tokens, the longest full; "full": all captions full; "histogram": captions drawn from the histogram, where the
-reference pads to the longest of its batch. Attention with recomputation (ours) counts what it executes.
+Counted operator by operator (benchmarks/counting.py), not calculated. The head numbers are for 8 captions with a mean
+of 14 of 25 tokens, the longest full; "full": all captions full; "histogram": captions drawn from the histogram, where
+the reference pads to the longest of its batch. Fused attention (ours) counts what it recomputes, too.
 """
 
 from __future__ import annotations

@@ -44,7 +44,17 @@ def measure_here(name: str, preset: str, batch: int, captions: str, device: torc
 
 def measure_apart(name: str, preset: str, batch: int, captions: str, device: torch.device, dropout: float) -> dict:
     """The same in a fresh process; {"error"} where that failed."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--contender", name, "--preset", preset, "--batch", str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        "--contender",
+        name,
+        "--preset",
+        preset,
+        "--batch",
+        str(batch),
+    ]
     command += ["--captions", captions, "--device", str(device), "--dropout", str(dropout)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT)
     lines = done.stdout.strip().splitlines()

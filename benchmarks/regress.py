@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import contenders, counts, history, measure, workload
 from benchmarks.comparison import Finding, Interval, judge_counts, judge_time, paired_ratio, self_test
+from benchmarks.step import with_cpu_time
 
 PASSED, CHANGED, BROKEN, NO_BASELINE = 0, 1, 2, 3
 FOLDER = Path(__file__).parent / "baselines"
@@ -52,12 +53,16 @@ def measured(device: torch.device, preset: str, timed: bool, instructions: bool,
 
 
 def time_ratios(device: torch.device, seconds: float) -> dict[str, dict]:
-    """Our step's time over the reference's."""
+    """Our step's time over the reference's; on a CPU processor time, which a busy neighbour does not change."""
     preset, batch, name = TIMED[device.type]
     config = workload.preset(preset)
     data = workload.captions_batch(config, "mean14", batch)
     steps = {rival: contenders.build(rival, config, device, data) for rival in (name, "reference")}
-    samples = measure.interleaved(steps, device, seconds, least=12, warmup=2)
+    used: dict[str, list[float]] = {rival: [] for rival in steps}
+    calls = {rival: with_cpu_time(contender, used[rival]) for rival, contender in steps.items()}
+    samples = measure.interleaved(calls, device, seconds, least=12, warmup=2)
+    if device.type == "cpu":
+        samples = {rival: times[2:] for rival, times in used.items()}
     ratio = paired_ratio(samples[name], samples["reference"])
     return {f"{name} of the reference, {preset}, batch {batch}": dataclasses.asdict(ratio)}
 
@@ -74,7 +79,10 @@ def compare(now: dict, baseline: dict, kind: str) -> tuple[list[Finding], list[s
     """(findings, what could not be compared and why)."""
     optional = {name for name, value in now["counts"].items() if value is None and name.startswith("instructions")}
     recorded = {name: value for name, value in baseline["counts"].items() if name not in optional}
-    found, left = judge_counts(now["counts"], recorded, counts.margin_of), [f"{n}: not measured" for n in sorted(optional)]
+    found, left = (
+        judge_counts(now["counts"], recorded, counts.margin_of),
+        [f"{n}: not measured" for n in sorted(optional)],
+    )
     same_chip = now["environment"]["device"] == baseline["environment"]["device"]
     for name, recorded in baseline["times"].items():
         if name not in now["times"]:
@@ -151,7 +159,9 @@ def main(argv=None) -> int:
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--record", action="store_true", help="write the baseline in place of comparing")
     parser.add_argument("--device")
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"), help="model whose FLOPs are counted")
+    parser.add_argument(
+        "--preset", default="base", choices=("base", "small", "tiny"), help="model whose FLOPs are counted"
+    )
     parser.add_argument("--counts-only", action="store_true", help="no times: for machines that are shared")
     parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind too (minutes)")
     parser.add_argument("--seconds", type=float, default=40.0, help="for the timed comparison")

@@ -2,10 +2,14 @@
 
     python -m benchmarks.scaling [--json] [--out DIR] [--preset base] [--batch 64] [--step-ms MS] [--step-json FILE]
 
-For 8 to 512 A100s in nodes of 8, ZeRO-1 and 2 as DeepSpeed runs them with our settings: fp32 gradients, fp32 parameters.
-Everything is CALCULATED from the model's sizes and the data sheet's link rates, except a single GPU's step time, which is
-taken from a measurement (`--step-ms`, or `--step-json` of benchmarks.step on that GPU) or is not there. Without it
-compute is only bounded from below, by the counted FLOPs at the data sheet's peak; no efficiency is then given.
+For 8 to 512 A100s in nodes of 8, ZeRO-1 and 2 with our settings: fp32 gradients, fp32 parameters. Everything is
+CALCULATED from the model's sizes and the data sheet's link rates, except a single GPU's step time, which is taken from
+a measurement (`--step-ms`, or `--step-json` of benchmarks.step on that GPU) or is not there. Without it compute is only
+bounded from below, by the counted FLOPs at the data sheet's peak; no efficiency is then given.
+
+What a rank hands to the collectives is counted by a dry run (benchmarks.collectives) and agrees with what is calculated
+here (tests/benchmarks). Memory is model state alone: no activations, no buckets. DeepSpeed sums gradients by "allreduce" unless its configuration sets
+`use_multi_rank_bucket_allreduce: false`; then each rank receives its own share alone ("scatter").
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from benchmarks import flops, measure, workload
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 NODE = 8
 GIB = 2**30
-# One direction, bytes/s, from the data sheet of the DGX A100: NVLink 600 GB/s a GPU both ways; 8 HDR cards of 200 Gbit/s a
-# node. Rings cross a node's border once each and share its cards, so a node's rate is what a rank's bytes flow at.
+# One direction, bytes/s, from the data sheet of the DGX A100: NVLink 600 GB/s a GPU both ways; 8 cards of 200 Gbit/s a
+# node. Rings cross a node's border once each and share its cards, so a rank's bytes flow at the node's rate.
 LINKS = {"NVLink": 300e9, "InfiniBand of a node": 200e9}
 CHIP = "A100"
 
@@ -81,8 +85,7 @@ def calculate(sizes: Sizes, world: int, stage: int, batch: int, reduce: str, ste
     """
     Args:
         batch: samples a GPU.
-        reduce: "allreduce", what DeepSpeed does by default with a bucket that belongs to several ranks (every rank
-            receives the whole sum), or "scatter", every rank receives its own share alone, at half the traffic.
+        reduce: "allreduce": every rank receives the whole sum; "scatter": its own share alone, at half the traffic.
         step_ms: of one GPU without communication, measured; None: not measured.
     """
     ring = (world - 1) / world  # a reduce-scatter or all-gather of N bytes sends this share of them from each rank
@@ -129,7 +132,9 @@ def report(preset: str, batch: int, step_ms: float | None, source: str) -> dict:
         "samples a GPU": batch,
         "sizes": dataclasses.asdict(sizes),
         "links, bytes/s": LINKS,
-        "rows": {name: [{**dataclasses.asdict(r), "state_gib": r.state_gib} for r in found] for name, found in rows.items()},
+        "rows": {
+            name: [{**dataclasses.asdict(r), "state_gib": r.state_gib} for r in found] for name, found in rows.items()
+        },
     }
 
 
@@ -164,10 +169,14 @@ def plot(found: dict, path: Path) -> None:
     left.axhline(bound, color="grey", linestyle="--", label="compute, lower bound")
     if found["rows"]["scatter"][0]["compute_ms"]:
         left.axhline(found["rows"]["scatter"][0]["compute_ms"], color="black", label="compute, measured on one GPU")
-    left.set(xscale="log", xlabel="GPUs", ylabel="ms a step", ylim=(0, None), title="Communication, calculated, none hidden")
+    left.set(
+        xscale="log", xlabel="GPUs", ylabel="ms a step", ylim=(0, None), title="Communication, calculated, none hidden"
+    )
     for stage in (1, 2):
         mine = [row for row in found["rows"]["scatter"] if row["stage"] == stage]
-        right.plot([row["world"] for row in mine], [row["state_gib"] for row in mine], marker="o", label=f"ZeRO-{stage}")
+        right.plot(
+            [row["world"] for row in mine], [row["state_gib"] for row in mine], marker="o", label=f"ZeRO-{stage}"
+        )
     right.set(xscale="log", xlabel="GPUs", ylabel="GiB a GPU", ylim=(0, None), title="Model state, calculated")
     for axes in (left, right):
         axes.set_xticks(WORLDS, WORLDS)
@@ -180,8 +189,8 @@ def plot(found: dict, path: Path) -> None:
 def render(found: dict) -> str:
     lines = [
         f"Calculated for {found['preset']}, {found['samples a GPU']} samples a GPU, {CHIP}s in nodes of {NODE}. "
-        f"Step time of one GPU: {found['step time']}. Compute takes at least {found['lower bound of compute ms']:.1f} ms "
-        "(counted FLOPs at the data sheet's peak)."
+        f"Step time of one GPU: {found['step time']}. Compute takes at least "
+        f"{found['lower bound of compute ms']:.1f} ms (counted FLOPs at the data sheet's peak)."
     ]
     for reduce, rows in found["rows"].items():
         shown = [

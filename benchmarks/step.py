@@ -4,10 +4,10 @@
                               [--captions histogram full] [--contenders NAME ...] [--minutes 3.5] [--profile]
 
 A step is forward, backward, optimiser, teacher and queue, without loading data. Contenders run A B B A in one process;
-ratios are medians of pairs with a 95 % bootstrap interval. Captions are drawn from the histogram, and all full. "mfu" is
-the FLOPs that the contender executes (counted) over the device's peak. What the time or the device does not allow is
-"not measured". `--out` also writes the result, and with `--profile` a trace and a table of the dearest operations, into
-a folder.
+ratios are medians of pairs with a 95 % bootstrap interval. Captions are drawn from the histogram, and all full. "mfu"
+is the FLOPs that the contender executes (counted) over the device's peak. What the time or the device does not allow
+is "not measured". `--out` also writes the result into a folder, and `--profile` a trace and a table of the dearest
+operations.
 """
 
 from __future__ import annotations
@@ -40,21 +40,40 @@ def compare(names, config, device, batch, captions: str, seconds: float, least: 
     built, rows = {}, []
     for name in names:
         try:
-            built[name] = contenders.build(name, config, device, data)
+            ours = name.startswith("ours")
+            shared = next((c for other, c in built.items() if ours and other.startswith("ours")), None)
+            built[name] = contenders.build(name, config, device, data, shared)
             built[name]()
         except Exception as error:  # a rival's failure is a result, not the end of the benchmark
             built.pop(name, None)
             rows.append({"contender": name, "captions": captions, "error": f"{type(error).__name__}: {error}"[:300]})
-    samples = measure.interleaved(built, device, seconds, least=least, warmup=warmup) if built else {}
+    used: dict[str, list[float]] = {name: [] for name in built}
+    calls = {name: with_cpu_time(contender, used[name]) for name, contender in built.items()}
+    samples = measure.interleaved(calls, device, seconds, least=least, warmup=warmup) if built else {}
     for name, times in samples.items():
         row = {"contender": name, "captions": captions, "batch": batch, **measure.summary(times)}
         row["samples/s"] = 1e3 * batch / row["median"]
         row["phases ms"] = built[name].phases(device, steps=1 if row["median"] > 2000 else 3)
         if name.startswith("ours"):
             # Of the rival's time: below 1 is faster. Pairs are rounds, so a slow minute hits both of them.
-            row["of"] = {rival: measure.ratio(times, samples[rival]) for rival in samples if not rival.startswith("ours")}
+            rivals = [rival for rival in samples if not rival.startswith("ours")]
+            row["of"] = {rival: measure.ratio(times, samples[rival]) for rival in rivals}
+            if device.type == "cpu":  # what a busy neighbour takes away is not in it
+                row["cpu time of"] = {r: measure.ratio(used[name][warmup:], used[r][warmup:]) for r in rivals}
+        row["cpu ms"] = statistics.median(used[name][warmup:])
         rows.append(row)
     return rows
+
+
+def with_cpu_time(contender: contenders.Contender, used: list[float]):
+    """The contender's step, noting the milliseconds of processor time of each call."""
+
+    def call() -> None:
+        start = time.process_time()
+        contender()
+        used.append(1e3 * (time.process_time() - start))
+
+    return call
 
 
 def add_rates(rows: list[dict], config, device, batch: int) -> None:
@@ -146,7 +165,10 @@ def report(args, say) -> dict:
     if args.profile:
         name = groups[0][0]
         say(profile(name, config, device, batch, args.captions[0], args.out or Path("runs/step_profile")))
-    return {**result, "not measured": missing + ([] if device.type == "cuda" else ["a GPU; the largest batch that fits"])}
+    return {
+        **result,
+        "not measured": missing + ([] if device.type == "cuda" else ["a GPU; the largest batch that fits"]),
+    }
 
 
 def render(result: dict) -> str:
@@ -155,9 +177,13 @@ def render(result: dict) -> str:
     for row in result["steps"]:
         compared = (row.get("of") or {}).items()
         shown = "; ".join(f"{r['median']:.3f} of {name} ({r['low']:.3f} to {r['high']:.3f})" for name, r in compared)
+        of_cpu = [f"{r['median']:.3f} of {name}" for name, r in (row.get("cpu time of") or {}).items()]
+        shown += f"; processor time {', '.join(of_cpu)}" if of_cpu else ""
         rows.append({**row, "ms": row.get("median"), "ratio": shown or row.get("error", ""), "pairs": row.get("count")})
     columns = ["contender", "captions", "batch", "ms", "q20", "q80", "samples/s", "mfu", "pairs", "ratio"]
-    phases = [{"contender": r["contender"], "captions": r["captions"], **r["phases ms"]} for r in rows if "phases ms" in r]
+    phases = [
+        {"contender": r["contender"], "captions": r["captions"], **r["phases ms"]} for r in rows if "phases ms" in r
+    ]
     parts = [measure.table(rows, columns), measure.table(phases, ["contender", "captions", *contenders.PHASES])]
     if "memory" in result:
         held = [{"contender": name, **found} for name, found in result["memory"].items()]

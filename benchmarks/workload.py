@@ -21,7 +21,7 @@ MASKED = 0.15
 
 
 def preset(name: str, dropout: float = 0.1) -> ModelConfig:
-    """base: ViT-B/16 at 256 pixels and BERT-base, as published; small: a quarter as wide, for a CPU; tiny: for tests."""
+    """base: ViT-B/16 at 256 pixels and BERT-base, as published; small: a quarter as wide; tiny: for tests."""
     rates = {"dropout": dropout, "attention_dropout": dropout}
     if name == "base":
         return ModelConfig(vision=VisionConfig(image_size=256), text=TextConfig(vocab_size=30522, **rates))

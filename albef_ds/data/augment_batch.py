@@ -1,7 +1,7 @@
 """The ten operations of RandAugment for a whole batch, in PyTorch: what the DALI loader computes them with on a GPU.
 
-Pillow's rendering (`augment`) is what they mean, and what the tests compare with, to one grey value. They are not DALI's:
-its equalisation is OpenCV's, by another formula, and its warps blend the border with the fill.
+Pillow's rendering (`augment`) is what they mean, and what the tests compare with, to one grey value. They are not
+DALI's: its equalisation is OpenCV's, by another formula, and its warps blend the border with the fill.
 """
 
 from __future__ import annotations

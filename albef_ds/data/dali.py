@@ -1,8 +1,8 @@
 """Pre-training batches through NVIDIA DALI: the batches of `torch_loader`, sooner and for less of the CPU.
 
-What is where. Bytes are read by this module's threads, each sample by its place in the shard's index, and handed to DALI;
-its own webdataset reader would know neither the order of `ShardOrder`, nor how to leave one sample out, nor how to begin
-in mid-epoch with another number of ranks. `python -m benchmarks.loader` measures both ways.
+What is where. Bytes are read by this module's threads, each sample by its place in the shard's index, and handed to
+DALI. Its own webdataset reader would know neither the order of `ShardOrder`, nor how to leave out one sample, nor how
+to begin in mid-epoch with another number of ranks. `python -m benchmarks.loader` measures both ways.
 On a GPU, DALI decodes (hardware decoder), crops, resizes and mirrors, and PyTorch does RandAugment by the batch
 (`augment_batch`) and normalises. On the CPU, DALI decodes and crops, to the bit as Pillow; threads resize with PyTorch,
 which takes an eighth of DALI's and Pillow's time for it, and RandAugment is Pillow's itself (`augment`).
@@ -53,7 +53,7 @@ class _Prepared:
 
 class DaliLoader:
     """This rank's micro-batches, endlessly, from any optimiser step on; the same ones as `PretrainingLoader`'s but for
-    the rounding of the resize: one grey value, on a GPU a few.
+    the resize: on the CPU one pixel in a thousand is off by more than one grey value, by a few at sharp edges.
 
     annotations: a sequence of `Annotation`: a `ShardSet`, or files from `read_pairs`.
     transform: what to draw for an image, and its size.
@@ -135,14 +135,21 @@ class DaliLoader:
         texts = self._text.batch([s.captions for s in samples], [s.rng for s in samples])
         return _Prepared(rows, samples, texts, [draw(self._transform, sample) for sample in samples])
 
-    def _finish(self, prepared: _Prepared, decoded: Tensor | list[Tensor], pool: ThreadPoolExecutor) -> PretrainingBatch:
+    def _finish(
+        self, prepared: _Prepared, decoded: Tensor | list[Tensor], pool: ThreadPoolExecutor
+    ) -> PretrainingBatch:
         if self._device.type == "cuda":
             images = rand_augment_batch(decoded.permute(0, 3, 1, 2), [drawn.ops for drawn in prepared.drawn])
             images = _normalise(images, torch.empty(images.shape, device=self._device))
         else:
             size = self._transform.size
             images = torch.empty(len(decoded), 3, size, size)
-            _in_parts(pool, self._workers, lambda job: _finish_image(*job), [*zip(decoded, prepared.drawn, images, strict=True)])
+            _in_parts(
+                pool,
+                self._workers,
+                lambda job: _finish_image(*job),
+                [*zip(decoded, prepared.drawn, images, strict=True)],
+            )
         text, masked = pack_masked(prepared.texts)
         batch = PretrainingBatch(
             images=images.to(self._dtype),
@@ -178,7 +185,11 @@ class DaliLoader:
     def _find_bad(self, on_the_way: deque[_Prepared], pool: ThreadPoolExecutor) -> list[str]:
         """Pillow's judgement counts, as in `PretrainingLoader`; what it can decode and DALI cannot goes through it."""
         samples = [sample for prepared in on_the_way for sample in prepared.samples]
-        bad = {s.index: fault for s, fault in zip(samples, _in_parts(pool, self._workers, _fault, samples), strict=True) if fault}
+        bad = {
+            s.index: fault
+            for s, fault in zip(samples, _in_parts(pool, self._workers, _fault, samples), strict=True)
+            if fault
+        }
         self.samples.bad.update(bad)
         if bad:
             return [f"{key}: {reason}" for key, reason in bad.values()]

@@ -1,7 +1,7 @@
 """NVIDIA DALI's part of loading: JPEG bytes and crops in, decoded images out, several batches on their way at once.
 
-On a GPU: decoded by its hardware decoder (`mixed`), cropped, resized, mirrored. On the CPU: decoded and cropped only; what
-follows is quicker elsewhere (`dali`). The bytes are handed in, not read by DALI's own readers: see `dali`.
+On a GPU: decoded by its hardware decoder (`mixed`), cropped, resized, mirrored. On the CPU: decoded and cropped only;
+what follows is quicker elsewhere (`dali`). The bytes are handed in, not read by DALI's own readers: see `dali`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packs lists of images and captions into shuffled shards: once for all, so that training reads what is known to be sound.
+"""Packs lists of images and captions into shuffled shards: once for all, so that training reads what is sound.
 
 First all lists are read and their entries written to one file; a permutation of them says which goes to which shard.
 Every shard is then a job of its own: it depends on the plan alone and appears complete, by rename, or not at all. So

@@ -50,9 +50,7 @@ class RawSamples:
                     raise ImageError(*self.bad[index])
                 annotation = self.annotations[index]
                 data, width, height = decodable(annotation, through_pillow=index in self.unusual)
-                return RawSample(
-                    index, annotation.key, annotation.captions, data, width, height, tuple(rejected), rng
-                )
+                return RawSample(index, annotation.key, annotation.captions, data, width, height, tuple(rejected), rng)
             except ImageError as error:
                 rejected.append((error.key, error.reason))
             index = int(rng.integers(len(self.annotations)))

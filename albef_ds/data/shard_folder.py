@@ -212,7 +212,8 @@ class CachedFolder(ShardFolder):
             with fsspec.open(self.name_of(name), "rb") as file:
                 yield file
         except FileNotFoundError:
-            raise ShardError(f"{self.name_of(name)}: missing") from None
+            # fsspec says the same of both
+            raise ShardError(f"{self.name_of(name)}: missing, or its server cannot be reached") from None
         except ShardError:
             raise
         except Exception as error:  # every protocol has errors of its own

@@ -1,4 +1,4 @@
-"""The rival must be the real one: our implementation of the reference's step against the reference's recorded numbers."""
+"""The rival must be the real one: our implementation of the reference's step against its recorded numbers."""
 
 from __future__ import annotations
 
