@@ -81,7 +81,7 @@ class DataConfig(_Section):
     weights: tuple[float, ...] = ()  # of each folder: how often an epoch goes through it; none: once
     shuffle_buffer: int = Field(100_000, gt=0)  # samples of shards that are shuffled among each other
     on_bad_shard: Literal["fatal", "skip"] = "fatal"  # missing, cut short or changed: stop, or put other samples there
-    max_rejects: int | None = Field(10_000, ge=0)  # different unusable samples a rank; more stop the run; null: any number
+    max_rejects: int | None = Field(10_000, ge=0)  # unusable samples of a rank; more stop the run; null: no limit
     cache_dir: str | None = None  # local folder for the shards of URLs
     cache_gb: float = Field(50.0, gt=0)  # what it may hold, all ranks of a machine together
     loader: Literal["auto", "torch", "dali"] = "auto"  # auto: DALI where it is installed

@@ -8,8 +8,9 @@ a measurement (`--step-ms`, or `--step-json` of benchmarks.step on that GPU) or 
 bounded from below, by the counted FLOPs at the data sheet's peak; no efficiency is then given.
 
 What a rank hands to the collectives is counted by a dry run (benchmarks.collectives) and agrees with what is calculated
-here (tests/benchmarks). Memory is model state alone: no activations, no buckets. DeepSpeed sums gradients by "allreduce" unless its configuration sets
-`use_multi_rank_bucket_allreduce: false`; then each rank receives its own share alone ("scatter").
+here (tests/benchmarks). DeepSpeed sums gradients by "allreduce" unless its configuration sets
+`use_multi_rank_bucket_allreduce: false`; then each rank receives its own share alone ("scatter"). Memory is the model's
+state alone, without activations and buckets.
 """
 
 from __future__ import annotations

@@ -53,8 +53,10 @@ class ReferenceALBEF(nn.Module):
             self.register_buffer(f"{kind}_queue", F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         if modernised and compile_layers:
+            # Layers share their graphs, one for each mode and shape: more than PyTorch allows before it gives up.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for module in self.layers():
-                module.compile()
+                module.compile(dynamic=False)  # the fastest on the one batch that a benchmark repeats
 
     def layers(self) -> list[nn.Module]:
         """The repeated layers of student and teacher."""
