@@ -20,6 +20,10 @@ RUNTIME = [
     "ninja",  # DeepSpeed builds its CPU communication operator with it
 ]
 
+DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+PARQUET = ["pyarrow>=15"]
+REMOTE = ["fsspec[http]>=2024.2"]
+
 setup(
     name="albef_ds",
     version="0.1.0",
@@ -34,10 +38,24 @@ setup(
     package_data={"albef_ds": ["configs/*.yaml"], "albef_ds.ds_configs": ["*.json", "*.md"]},
     install_requires=RUNTIME,
     extras_require={
-        "dali": ["nvidia-dali-cuda130>=2.0"],
-        "dali-cuda12": ["nvidia-dali-cuda120>=2.0"],
+        "dali": DALI,
+        "dali-cuda12": [DALI[0].replace("cuda130", "cuda120")],
         "flash": ["flash-attn>=2.7"],
-        # Triton 3.6's interpreter, which runs the kernel tests on a CPU, fails with numpy 2.4.
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis>=6.100", "ruff>=0.8", "pre-commit", "numpy<2.4", "scipy"],
+        "parquet": PARQUET,  # Parquet lists for `albef_ds data pack`
+        "remote": REMOTE,  # shards from URLs; s3:// also needs s3fs
+        "dev": [
+            *DALI,
+            *PARQUET,
+            *REMOTE,
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "pre-commit",
+            "scipy",
+            "numpy<2.4",  # Triton 3.6's interpreter, which runs the kernel tests on a CPU, fails with numpy 2.4
+            "webdataset",  # the loader benchmark's rival
+            "scikit-image",  # photographs for tests and benchmarks
+        ],
     },
 )

@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
     from albef_ds.train import USER_ERRORS
+
+    args = build_parser().parse_args(argv)
 
     try:
         return args.run(args) or 0
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m albef_ds", description="Train and use ALBEF.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    from albef_ds.data.commands import add_commands
 
     demo = commands.add_parser("demo", help="make data, train a small ALBEF, evaluate it")
     demo.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe demo.yaml")
@@ -40,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--noise", type=float, default=0.1, help="share of wrong or partial training captions")
     shapes.add_argument("--size", type=int, default=96, help="pixels")
     shapes.set_defaults(run=run_shapes)
+    add_commands(data)
 
     evaluate = commands.add_parser("evaluate", help="retrieval by a trained model")
     evaluate.add_argument("recipe")

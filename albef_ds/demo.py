@@ -12,23 +12,26 @@ from pathlib import Path
 
 import torch
 
+from albef_ds.data.packing import PackSettings, pack
 from albef_ds.data.shapes_world import write_shapes_world
 
 IMAGES, TEST_IMAGES, SEED = 8000, 256, 0
+CPU_RANKS = 2
 
 
 def demo(output: Path, ranks: int | None = None, overrides: Sequence[str] = ()) -> int:
     """Runs all of it; returns the launcher's exit status."""
     started = time.perf_counter()
     world = write_shapes_world(output / "data", IMAGES, TEST_IMAGES, seed=SEED)
-    print(
-        f"data: {IMAGES} training and {TEST_IMAGES} test images in {world.root} ({time.perf_counter() - started:.0f} s)"
-    )
-    paths = [f"data.train=[{world.train}]", f"data.test={world.test}", f"data.tokenizer={world.vocab}"]
+    shards = output / "shards"
+    pack([world.train], shards, PackSettings(samples_per_shard=500))
+    print(f"data: {IMAGES} training and {TEST_IMAGES} test images, {time.perf_counter() - started:.0f} s")
+    paths = [f"data.shards=[{shards}]", f"data.test={world.test}", f"data.tokenizer={world.vocab}"]
     settings = [f"output_dir={output}", *paths, f"train.deepspeed={machine()}", *overrides]
-    status = subprocess.run(
-        [*launcher(ranks), "--module", "albef_ds.train", "demo", *settings], env=environment()
-    ).returncode
+    ranks = ranks or torch.cuda.device_count() or CPU_RANKS
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    command = [*deepspeed, "--module", "albef_ds.train", "demo", *settings]
+    status = subprocess.run(command, env=environment(ranks)).returncode
     if status == 0:
         print(summary(output, time.perf_counter() - started))
     return status
@@ -38,25 +41,19 @@ def machine() -> str:
     """The DeepSpeed configuration that fits what is here."""
     if torch.cuda.is_available():
         return "zero2_a100_40gb"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # PyTorch has no public name for them
+    has_bf16 = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     return "zero2_cpu_bf16" if has_bf16 else "zero2_cpu"
 
 
-def launcher(ranks: int | None) -> list[str]:
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    if torch.cuda.is_available():
-        return [deepspeed, "--num_gpus", str(ranks or torch.cuda.device_count())]
-    return [deepspeed, "--num_accelerators", str(ranks or 2)]
-
-
-def environment() -> dict[str, str]:
+def environment(ranks: int) -> dict[str, str]:
     """Without a GPU: DeepSpeed told so, and the cores divided among the ranks."""
     env = dict(os.environ)
     # DeepSpeed builds its operators with the tools of this environment (ninja), whether or not it is activated.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or ranks) // ranks)))
     return env
 
 

@@ -22,12 +22,13 @@ import torch
 
 from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
 from albef_ds.data.annotations import AnnotationError
+from albef_ds.data.files import write_atomically
 from albef_ds.data.shard_format import ShardError
 from albef_ds.data.tokenizer import TokenizerError
 from albef_ds.data.torch_loader import UnreadableImagesError
 from albef_ds.evaluation.encoding import EvaluationError
 from albef_ds.model.reference_weights import WeightsError
-from albef_ds.training.checkpoint import CheckpointError, write_atomically
+from albef_ds.training.checkpoint import CheckpointError
 from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
 
 log = logging.getLogger("albef_ds")
@@ -183,6 +184,8 @@ class Run:
         config = self.config.model_dump(mode="json")
         sections = {key: config[key] for key in ("task", "model", "optimizer")}
         sections["train"] = {key: config["train"][key] for key in ("global_batch", "seed")}
+        # With others the order of samples would change under the run: some seen twice, some never.
+        sections["data"] = {key: config["data"][key] for key in ("weights", "shuffle_buffer")}
         return sections
 
     def finish(self, summary: dict) -> None:

@@ -58,13 +58,18 @@ def time_ratios(device: torch.device, seconds: float) -> dict[str, dict]:
     config = workload.preset(preset)
     data = workload.captions_batch(config, "mean14", batch)
     steps = {rival: contenders.build(rival, config, device, data) for rival in (name, "reference")}
-    used: dict[str, list[float]] = {rival: [] for rival in steps}
-    calls = {rival: with_cpu_time(contender, used[rival]) for rival, contender in steps.items()}
-    samples = measure.interleaved(calls, device, seconds, least=12, warmup=2)
-    if device.type == "cpu":
-        samples = {rival: times[2:] for rival, times in used.items()}
+    samples = in_turns(steps, device, seconds, least=12)
     ratio = paired_ratio(samples[name], samples["reference"])
     return {f"{name} of the reference, {preset}, batch {batch}": dataclasses.asdict(ratio)}
+
+
+def in_turns(calls: dict, device: torch.device, seconds: float, least: int) -> dict[str, list[float]]:
+    """Milliseconds of every call, interleaved: of the clock on a GPU, of the processor on a CPU."""
+    warmup = 2
+    used: dict[str, list[float]] = {name: [] for name in calls}
+    timed = {name: with_cpu_time(call, used[name]) for name, call in calls.items()}
+    samples = measure.interleaved(timed, device, seconds, least=least, warmup=warmup)
+    return samples if device.type == "cuda" else {name: times[warmup:] for name, times in used.items()}
 
 
 def why_no_baseline(now: dict, baseline: dict) -> str | None:
@@ -118,7 +123,7 @@ def busy_step(device: torch.device, seconds: float):
 
     def timed(slowdown: float, trial: int) -> tuple[list[float], list[float]]:
         calls = {"now": lambda: work(round(50 * (1 + slowdown))), "before": lambda: work(50)}
-        samples = measure.interleaved(calls, device, seconds, least=30)
+        samples = in_turns(calls, device, seconds, least=30)
         return samples["now"], samples["before"]
 
     return timed

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,12 +67,12 @@ def compare(names, config, device, batch, captions: str, seconds: float, least: 
     return rows
 
 
-def with_cpu_time(contender: contenders.Contender, used: list[float]):
-    """The contender's step, noting the milliseconds of processor time of each call."""
+def with_cpu_time(step: Callable[[], object], used: list[float]):
+    """The step, noting the milliseconds of processor time of each call."""
 
     def call() -> None:
         start = time.process_time()
-        contender()
+        step()
         used.append(1e3 * (time.process_time() - start))
 
     return call

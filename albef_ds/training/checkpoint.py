@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from albef_ds.data.files import write_atomically
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -185,21 +187,6 @@ def verify(folder: Path) -> dict:
         if _sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: contents have changed (sha256 differs)")
     return manifest
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has either its old contents or all of the new ones, whenever the machine stops."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _hash_shared(folder: Path) -> dict[str, dict]:
