@@ -132,6 +132,7 @@ class CheckpointConfig(_Section):
 class LogConfig(_Section):
     every: int = Field(50, gt=0)  # steps
     report: bool = True
+    keys: bool = False  # writes which samples every step had, a file a rank
 
 
 class EvaluationConfig(_Section):

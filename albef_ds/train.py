@@ -128,6 +128,7 @@ class Run:
             alpha=lambda step: alpha_ramp(step, *ramp),
             checkpoint_every=config.checkpoint.every,
             log_every=config.log.every,
+            log_keys=config.log.keys,
         )
         log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
         monitor = Monitor(

@@ -28,7 +28,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
     annotations.write_text(json.dumps(entries))
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["data"]["test"] = str(folder / "data" / "test.json")
-    recipe["log"]["report"] = True
+    recipe["log"]["report"] = recipe["log"]["keys"] = True
     recipe["evaluation"] = {"k_test": 4}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     codes, output = run_training([str(folder / "recipe.yaml")])
@@ -69,6 +69,14 @@ def test_bad_samples_are_replaced_counted_and_listed(finished):
         assert entries[i]["image"] in rejected
     assert sum("caption" in reason for reason in rejected.values()) == 2
     assert json.loads((run / "summary.json").read_text())["rejected"] == 5
+
+
+def test_the_samples_of_every_step_are_written_on_request(finished):
+    run, _ = finished
+    lines = [[json.loads(x) for x in (run / f"keys_rank_0000{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+    first_epoch = [key for rank in lines for line in rank if line["step"] <= 4 for key in line["keys"]]
+    assert [line["step"] for line in lines[0]] == [step for step in range(1, 14) for _ in range(2)]
+    assert len(first_epoch) == 96 and len(set(first_epoch)) >= 96 - 5  # a replacement may stand twice
 
 
 def test_its_weights_evaluate_to_the_same_numbers_and_export(finished, tmp_path, capsys):

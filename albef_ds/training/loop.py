@@ -27,6 +27,7 @@ class Plan:
     alpha: Callable[[int], float]
     checkpoint_every: int
     log_every: int
+    log_keys: bool = False
 
 
 def train(
@@ -45,6 +46,8 @@ def train(
             batch = next(batches)
             monitor.data_wait(time.perf_counter() - waited)
             monitor.rejected(batch.rejected)
+            if plan.log_keys:
+                monitor.keys(step + 1, batch.keys)
             first = step == plan.start_step and micro == 0
             with FlopCount() if first else nullcontext() as flops:
                 losses = engine(batch)  # {"itc": ..., "itm": ..., "mlm": ...}

@@ -155,6 +155,11 @@ class Monitor:
             if self._window_start is not None:
                 self._window_start += time.perf_counter() - start
 
+    def keys(self, step: int, keys: Iterable[str]) -> None:
+        """Appends the samples of one micro-batch of step `step` to keys_rank_N.jsonl of this rank."""
+        with open(self.output_dir / f"keys_rank_{self.rank:05d}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "keys": list(keys)}) + "\n")
+
     def rejected(self, samples: Iterable[tuple[str, str]]) -> None:
         """Samples (key, reason) that a loader had to replace. Any rank; each key is listed once in rejected.jsonl."""
         for key, reason in samples:

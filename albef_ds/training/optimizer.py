@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -27,10 +25,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """PyTorch's AdamW, fused: one pass over parameter, gradient and moments, on the GPU as on the CPU."""
     groups = parameter_groups(module, config.weight_decay)
-    on_gpu = all(p.is_cuda for p in _parameters(groups))
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu or None)
-
-
-def _parameters(groups: Iterable[dict]):
-    return (p for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
