@@ -117,7 +117,7 @@ class Run:
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", config.to_yaml())
-        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint.keep, self.identity())
+        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint.keep, self.identity(loader.order.num_samples))
         start = self.resume(checkpoints, resume)
         ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
         plan = Plan(
@@ -180,13 +180,13 @@ class Run:
         log.info("resumed from %s, after step %d", folder, step)
         return step
 
-    def identity(self) -> dict:
+    def identity(self, samples: int) -> dict:
         """What a resumed run must share with the one it continues."""
         config = self.config.model_dump(mode="json")
         sections = {key: config[key] for key in ("task", "model", "optimizer")}
         sections["train"] = {key: config["train"][key] for key in ("global_batch", "seed")}
         # With others the order of samples would change under the run: some seen twice, some never.
-        sections["data"] = {key: config["data"][key] for key in ("weights", "shuffle_buffer")}
+        sections["data"] = {key: config["data"][key] for key in ("weights", "shuffle_buffer")} | {"samples": samples}
         return sections
 
     def finish(self, summary: dict) -> None:

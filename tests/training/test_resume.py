@@ -116,6 +116,11 @@ def test_another_number_of_ranks_and_another_model_are_refused(copy):
     assert codes == [2] and "written by 2 ranks, this run has 1" in output
     codes, output = run_training([recipe, here, "model.embed_dim=8"])
     assert codes == [2, 2] and "another configuration: model.embed_dim was 16, is 8" in output
+    annotations = copy / "fewer.json"
+    annotations.write_text(json.dumps(json.loads((copy / "data" / "train.json").read_text())[:100]))
+    root = f"data.image_root={copy / 'data'}"
+    codes, output = run_training([recipe, here, f"data.train=[{annotations}]", root])
+    assert codes == [2, 2] and "data.samples was 120, is 100" in output
 
 
 def test_a_malicious_checkpoint_is_not_executed(copy):
