@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,18 +36,18 @@ def open_folder(location: str, cache_dir: str | os.PathLike | None = None, cache
     return CachedFolder(location, Path(cache_dir), cache_bytes)
 
 
-class ShardFolder:
+class ShardFolder(ABC):
     """Reads files of one folder by name. All errors are ShardErrors that name the file."""
 
     location: str
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
         """All of a small file: a manifest or an index."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_at(self, name: str, offset: int, count: int, size: int, sha256: str) -> bytes:
         """`count` bytes of a shard that has `size` bytes and this checksum."""
-        raise NotImplementedError
 
     def size(self, name: str) -> int | None:
         """In bytes where that is known without fetching anything; raises ShardError where the file is missing."""

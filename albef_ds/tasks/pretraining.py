@@ -154,7 +154,10 @@ class Pretraining(nn.Module):
         texts = torch.cat([own, negative_text.clamp(min=0), own, own + batch])
         images = torch.cat([own, own, negative_image.clamp(min=0), own])
         capacity = None
-        if resolve_backend(self.config.attention, image_embeds.device.type, image_embeds.dtype) == "flash":
+        device = image_embeds.device.type
+        # Under autocast embeddings leave a LayerNorm in fp32; the attention after the next projection is what counts.
+        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_embeds.dtype
+        if resolve_backend(self.config.attention, device, arithmetic) == "flash":
             capacity = (
                 3 * both.num_rows // 2 + batch * both.max_length
             )  # the negative texts' length is known to the GPU alone
