@@ -158,9 +158,8 @@ class Pretraining(nn.Module):
         # Under autocast embeddings leave a LayerNorm in fp32; the attention after the next projection is what counts.
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_embeds.dtype
         if resolve_backend(self.config.attention, device, arithmetic) == "flash":
-            capacity = (
-                3 * both.num_rows // 2 + batch * both.max_length
-            )  # the negative texts' length is known to the GPU alone
+            # How long the negative texts are the GPU alone knows: room for the longest.
+            capacity = 3 * both.num_rows // 2 + batch * both.max_length
         return FusionPlan.build(both, texts, images, batch, capacity)
 
     def wanted_rows(self, plan: FusionPlan, text: Spans, positions: Tensor) -> Tensor:
