@@ -2,8 +2,8 @@
 
 What is where. Bytes are read by this module's threads, each sample by its place in the shard's index, and handed to
 DALI. Its own webdataset reader would know neither the order of `ShardOrder`, nor how to leave out one sample, nor how
-to begin in mid-epoch with another number of ranks. It takes 0.06 to 0.09 ms of CPU an image less, of 1.4 to 2.4 in all;
-in images a second the two are equal within the noise (`python -m benchmarks.loader` measures both).
+to begin in mid-epoch with another number of ranks. The price, measured by `python -m benchmarks.loader` with decoding
+alone: 0.08 ms of CPU an image more, of 2.1 in all, checksums included, and 0.88 of its images a second (0.79 to 0.96).
 On a GPU, DALI decodes (hardware decoder), crops, resizes and mirrors, and PyTorch does RandAugment by the batch
 (`augment_batch`) and normalises. On the CPU, DALI decodes and crops, to the bit as Pillow; threads resize with PyTorch,
 which takes a quarter of Pillow's time for it and less of DALI's, and RandAugment is Pillow's itself (`augment`).
