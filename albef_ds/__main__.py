@@ -12,7 +12,6 @@ def main(argv: list[str] | None = None) -> int:
     from albef_ds.train import USER_ERRORS
 
     args = build_parser().parse_args(argv)
-
     try:
         return args.run(args) or 0
     except (*USER_ERRORS, FileExistsError) as error:
@@ -21,11 +20,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m albef_ds", description="Train and use ALBEF.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
     from albef_ds.data.commands import add_commands
 
+    parser = argparse.ArgumentParser(prog="python -m albef_ds", description="Train and use ALBEF.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="make data, train a small ALBEF, evaluate it")
     demo.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the recipe demo.yaml")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))

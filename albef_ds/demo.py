@@ -59,7 +59,9 @@ def environment(ranks: int) -> dict[str, str]:
 
 def summary(output: Path, seconds: float) -> str:
     found = json.loads((output / "summary.json").read_text())
-    lines = [f"demo: {found['steps']} steps, {found['samples_per_s']:.0f} samples/s, {seconds:.0f} s in all"]
+    rate = found["samples_per_s"]  # None where the run was over before it could be timed
+    speed = "" if rate is None else f", {rate:.0f} samples/s"
+    lines = [f"demo: {found['steps']} steps{speed}, {seconds:.0f} s in all"]
     for name, label in (("itc", "ITC alone"), ("itm", "re-ranked by ITM")):
         scores = found["retrieval"][name]
         lines.append(

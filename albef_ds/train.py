@@ -143,7 +143,11 @@ class Run:
         monitor.rejected(loader.rejected if self.rank == 0 else ())
         if start < total:
             train(self.engine, on_device(loader.batches(start), self.device), plan, monitor, checkpoints)
-        self.finish({**monitor.close(), "mfu_of": peak_flops_source(self.device, self.arithmetic)})
+        summary = {**monitor.close(), "mfu_of": peak_flops_source(self.device, self.arithmetic)}
+        written = out / "summary.json"
+        if start >= total and written.exists():  # trained already: evaluated anew, its speed and losses are still true
+            summary |= json.loads(written.read_text(encoding="utf-8"))
+        self.finish(summary)
         return 0
 
     @property

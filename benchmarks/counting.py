@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from albef_ds.training.flops import _CPU_ATTENTION
+from albef_ds.training.flops import CPU_ATTENTION
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ class StepFlops(FlopCounterMode):
         import albef_ds.kernels  # noqa: F401  (registers the operator)
 
         ours = {torch.ops.albef_ds.queue_contrastive: _contrastive_flops}
-        super().__init__(display=False, custom_mapping={**_CPU_ATTENTION, **ours})
+        super().__init__(display=False, custom_mapping={**CPU_ATTENTION, **ours})
 
     @property
     def total(self) -> int:

@@ -18,7 +18,7 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 240.0
     """function(*args) on every rank; returns what each returned. A rank's exception or death fails the call."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_rank, args=(rank, world_size, port, function, args, results), daemon=True)
         for rank in range(world_size)
@@ -72,7 +72,7 @@ def _rank(rank: int, world_size: int, port: int, function: Callable, args: tuple
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

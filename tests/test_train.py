@@ -100,6 +100,18 @@ def test_its_weights_evaluate_to_the_same_numbers_and_export(finished, tmp_path,
     assert "neither a checkpoint nor a run" in capsys.readouterr().err
 
 
+def test_a_finished_run_started_again_evaluates_and_keeps_its_numbers(finished):
+    from albef_ds.demo import summary
+
+    run, _ = finished
+    before = json.loads((run / "summary.json").read_text())
+    codes, output = run_training([str(run.parent / "recipe.yaml")])
+    assert codes == [0, 0], output
+    assert "after step 13" in output
+    assert json.loads((run / "summary.json").read_text()) == before
+    assert "13 steps" in summary(run, 1.0)
+
+
 def test_dry_run_prints_batch_arithmetic_and_memory(tmp_path):
     recipe = str(write_recipe(tmp_path))
     codes, output = run_training([recipe, "--dry-run"])

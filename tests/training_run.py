@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from albef_ds.data.shapes_world import write_shapes_world
-from tests.ranks import _free_port
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +47,7 @@ def run_training(arguments: list[str], ranks: int = 2, kill: tuple[str, int, int
     """Starts the ranks; (exit codes, output of all). Once one dies of the `kill`, the others are killed too, as the
     launcher does."""
     moment, rank, step = kill or ("never", -1, 0)
-    port = str(_free_port())
+    port = str(free_port())
     command = [sys.executable, "-m", "tests.training.interrupted", moment, str(rank), str(step), "--", *arguments]
     processes = []
     for i in range(ranks):

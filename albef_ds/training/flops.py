@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 aten = torch.ops.aten
 
 # PyTorch's counter knows the attention operators of a GPU only; the CPU's would count as nothing.
-_CPU_ATTENTION = {
+CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, out_shape=None, **kwargs: sdpa_flop_count(
         q, k, v
     ),
@@ -22,7 +22,7 @@ class FlopCount(FlopCounterMode):
     """Context manager; `total` is the number of FLOPs executed inside, a multiply-add being two."""
 
     def __init__(self):
-        super().__init__(display=False, custom_mapping=_CPU_ATTENTION)
+        super().__init__(display=False, custom_mapping=CPU_ATTENTION)
 
     @property
     def total(self) -> int:

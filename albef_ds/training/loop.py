@@ -41,6 +41,7 @@ def train(
         set_learning_rate(engine, lr)
         task.start_step(alpha, measuring=(step + 1) % plan.log_every == 0)
 
+        logged: dict[str, torch.Tensor] = {}
         for micro in range(plan.accumulation):
             waited = time.perf_counter()
             batch = next(batches)
@@ -52,13 +53,14 @@ def train(
             with FlopCount() if first else nullcontext() as flops:
                 losses = engine(batch)  # {"itc": ..., "itm": ..., "mlm": ...}
                 engine.backward(sum(losses.values()))
+            logged = {name: logged.get(name, 0) + loss.detach() / plan.accumulation for name, loss in losses.items()}
             if first:
                 monitor.flops_per_step = flops.total * plan.accumulation
             engine.step()
 
         task.finish_step(applied=engine.was_step_applied())
         clamp_temperature(engine)
-        monitor.log(step + 1, detached(losses), {"lr": lr, "alpha": alpha, **measures(engine)})
+        monitor.log(step + 1, logged, {"lr": lr, "alpha": alpha, **measures(engine)})
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.total_steps:
             monitor.flush()
             with monitor.paused():
@@ -72,7 +74,3 @@ def measures(engine: deepspeed.DeepSpeedEngine) -> dict[str, float | torch.Tenso
     values = {"temperature": task.model.temp.detach(), **task.measures}
     task.measures = {}
     return values if norm is None else {**values, "grad_norm": norm}
-
-
-def detached(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: loss.detach() for name, loss in losses.items()}
