@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import PackedText, PretrainingBatch
@@ -22,9 +22,10 @@ from albef_ds.model.attention import Spans, resolve_backend
 from albef_ds.model.packing import FusionPlan
 from albef_ds.model.queue import FeatureQueue, gather_features
 from albef_ds.model.teacher import Teacher
+from albef_ds.tasks.task import Task
 
 
-class Pretraining(nn.Module):
+class Pretraining(Task):
     """Student, teacher and queues, and the losses between them.
 
     Args:
@@ -38,50 +39,24 @@ class Pretraining(nn.Module):
         sample_negatives: Callable[[Tensor], Tensor] = sample_hard_negatives,
         loss_impl: str = "auto",
     ):
-        super().__init__()
-        self.config = config
-        self.model = ALBEF(config)
-        self.teacher = Teacher(self.model, config.momentum, config.teacher_dropout)
+        model = ALBEF(config)
+        super().__init__(config, model, Teacher(model, config.momentum, config.teacher_dropout))
         self.queue = FeatureQueue(config.queue_size, config.embed_dim)
         self.sample_negatives = sample_negatives
         self.loss_impl = loss_impl
-        self.alpha = 0.0
-        self.measuring = False  # whether this step's extra measures are wanted
-        self.measures: dict[str, Tensor] = {}
         self._features: list[tuple[Tensor, Tensor]] = []  # the teacher's, of the micro-batches since the last step
-        # Saved with the model: a step that was skipped must not move the teacher a second time after a resume.
-        self.register_buffer("teacher_due", torch.ones((), dtype=torch.bool))
-        self._teacher_due = True
-
-    # -- around an optimiser step ------------------------------------------------------------------------------------
 
     def start_step(self, alpha: float, measuring: bool = False) -> None:
-        """Before the first micro-batch: the teacher moves once an optimiser step, before it is used."""
-        self.alpha, self.measuring = alpha, measuring
         self._features.clear()
-        if self._teacher_due:
-            self.teacher.move_towards(self.model)
-            self._set_teacher_due(False)
+        super().start_step(alpha, measuring)
 
     def finish_step(self, applied: bool = True) -> None:
-        """After the optimiser: the step's features enter the queue. A skipped step leaves queue and teacher alone."""
+        """The step's features enter the queue."""
         if applied:
             for image_feat, text_feat in self._features:
                 self.queue.enqueue(*gather_features(image_feat, text_feat))
-            self._set_teacher_due(True)
         self._features.clear()
-
-    def _set_teacher_due(self, due: bool) -> None:
-        self._teacher_due = due  # kept on the host too, so that nobody waits for the device to read it
-        self.teacher_due.fill_(due)
-
-    def after_load(self) -> None:
-        """Call after a state dict was loaded."""
-        self._teacher_due = bool(self.teacher_due)
-
-    def clamp_temperature(self) -> None:
-        with torch.no_grad():
-            self.model.temp.clamp_(self.config.temperature_min, self.config.temperature_max)
+        super().finish_step(applied)
 
     # -- the losses --------------------------------------------------------------------------------------------------
 

@@ -75,8 +75,8 @@ def clamp_temperature(engine: deepspeed.DeepSpeedEngine) -> None:
     write the unclamped master back at the next step. Costs no communication: every rank clamps the same number."""
     task = engine.module
     task.clamp_temperature()
-    if engine.zero_optimization():
-        safe_set_full_fp32_param(task.model.temp, task.model.temp.data)
+    if task.temperature is not None and engine.zero_optimization():
+        safe_set_full_fp32_param(task.temperature, task.temperature.data)
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

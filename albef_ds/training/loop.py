@@ -71,6 +71,8 @@ def measures(engine: deepspeed.DeepSpeedEngine) -> dict[str, float | torch.Tenso
     """What is worth a line beside the losses; tensors stay on the device until they are written."""
     norm = engine.get_global_grad_norm()
     task = engine.module
-    values = {"temperature": task.model.temp.detach(), **task.measures}
+    values = dict(task.measures)
+    if task.temperature is not None:
+        values["temperature"] = task.temperature.detach()
     task.measures = {}
     return values if norm is None else {**values, "grad_norm": norm}
