@@ -1,26 +1,39 @@
-"""Reads the recorded cases of tests/golden (its README says what they hold) and builds our task from them."""
+"""Reads the recorded cases of tests/golden (its README says what they hold) and builds our tasks from them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from albef_ds.config import ModelConfig, TextConfig, VisionConfig
-from albef_ds.data.batch import MaskedTokens, PackedText, PretrainingBatch
-from albef_ds.model.reference_weights import load_reference, read_state_dict
-from albef_ds.tasks.pretraining import Pretraining
+from albef_ds.data.batch import (
+    LabelledBatch,
+    Loaded,
+    MaskedTokens,
+    PackedText,
+    PairBatch,
+    PretrainingBatch,
+    QuestionBatch,
+)
+from albef_ds.model.reference_weights import load_reference
+from albef_ds.model.weight_files import read_state_dict
+from albef_ds.tasks.registry import TASKS
+from albef_ds.tasks.task import Task
 
 GOLDEN = Path(__file__).parent / "golden"
+CONTRASTIVE = ("pretraining", "retrieval")
 
 
-def most_likely_negative(logits: torch.Tensor) -> torch.Tensor:
+def most_likely_negative(logits: Tensor, ids: Tensor | None = None) -> Tensor:
     """The recorded cases take the likeliest candidate where the reference draws one."""
-    diagonal = torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device)
-    return logits.masked_fill(diagonal, float("-inf")).argmax(1)
+    ids = torch.arange(logits.shape[0], device=logits.device) if ids is None else ids
+    return logits.masked_fill(ids[:, None] == ids[None, :], float("-inf")).argmax(1)
 
 
 @dataclass(frozen=True)
@@ -28,18 +41,29 @@ class GoldenCase:
     folder: Path
     name: str
 
-    @property
+    @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         with np.load(self.folder / f"{self.name}.npz") as archive:
             return {key: archive[key] for key in archive.files}
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The checkpoint before the first step."""
+        return read_state_dict(self.folder / f"{self.name}.pth")
+
+    @property
+    def task(self) -> str:
+        return "pretraining" if self.name.startswith("pretrain") else self.name
 
     @property
     def steps(self) -> int:
         return len({key.split("/")[0] for key in self.arrays if key.startswith("step")})
 
+    def tensor(self, key: str) -> Tensor:
+        return torch.from_numpy(self.arrays[key])
+
     def model_config(self, **changes) -> ModelConfig:
         dims = json.loads((self.folder / "meta.json").read_text())["dims"]
-        state = read_state_dict(self.folder / f"{self.name}.pth")
         vision = VisionConfig(
             image_size=dims["res"], patch_size=16, width=dims["width"], layers=dims["depth"], heads=dims["heads"]
         )
@@ -54,30 +78,66 @@ class GoldenCase:
             dropout=0.0,
             attention_dropout=0.0,
         )
-        queue_size = state["image_queue"].shape[1]
+        queue_size = self.state["image_queue"].shape[1] if "image_queue" in self.state else dims["queue"]
         return ModelConfig(
             **{"vision": vision, "text": text, "embed_dim": dims["embed"], "queue_size": queue_size} | changes
         )
 
-    def build(self, loss_impl: str = "auto", **changes) -> Pretraining:
-        task = Pretraining(self.model_config(**changes), most_likely_negative, loss_impl)
-        path = self.folder / f"{self.name}.pth"
-        load_reference(read_state_dict(path), task.model, task.teacher, task.queue, str(path))
+    def build(self, loss_impl: str = "auto", **changes) -> Task:
+        """The task with the recorded weights."""
+        special = (most_likely_negative, loss_impl) if self.task in CONTRASTIVE else ()
+        task = TASKS[self.task](self.model_config(**changes), *special)
+        queue = getattr(task, "queue", None)
+        load_reference(self.state, task.model, task.teacher, queue, str(self.folder / f"{self.name}.pth"))
         return task
 
     def alpha(self, step: int) -> float:
         return float(self.arrays[f"step{step}/alpha"])
 
-    def batch(self, step: int, rank: int | None = None) -> PretrainingBatch:
+    def batch(self, step: int, rank: int | None = None) -> Loaded:
+        """What step `step` sees; some cases record one batch for all steps."""
         at = f"step{step}/" if rank is None else f"step{step}/rank{rank}/"
-        given = {k.removeprefix(at): torch.from_numpy(v) for k, v in self.arrays.items() if k.startswith(at) and v.ndim}
+        if f"{at}image" not in self.arrays:
+            at = ""
+        given = {
+            key.removeprefix(at): torch.from_numpy(value)
+            for key, value in self.arrays.items()
+            if key.startswith(at) and value.ndim and "/" not in key.removeprefix(at)
+        }
+        return getattr(self, f"_{self.task}")(given)
+
+    def _pretraining(self, given: dict[str, Tensor]) -> PretrainingBatch:
         mask = given["attention_mask"].bool()
         labels = given["labels"][mask]
         positions = (labels != -100).nonzero().flatten()
         masked = MaskedTokens(given["masked_ids"][mask], positions, labels[positions])
-        return PretrainingBatch(given["image"], PackedText.from_padded(given["input_ids"], mask), masked)
+        return PretrainingBatch(given["image"], packed(given), masked)
+
+    def _retrieval(self, given: dict[str, Tensor]) -> PairBatch:
+        return PairBatch(given["image"], packed(given), given["image_id"])
+
+    def _entailment(self, given: dict[str, Tensor]) -> LabelledBatch:
+        return LabelledBatch(given["image"], packed(given), given["targets"])
+
+    _nlvr = _entailment
+
+    def _vqa(self, given: dict[str, Tensor]) -> QuestionBatch:
+        answers = packed(given, "answer_ids", "answer_mask")
+        return QuestionBatch.of(
+            given["image"],
+            packed(given, "question_ids", "question_mask"),
+            answers,
+            given["answer_weights"],
+            given["answer_counts"].tolist(),
+        )
 
     def losses(self, step: int, rank: int | None = None) -> dict[str, float]:
         at = f"step{step}/" if rank is None else f"step{step}/rank{rank}/"
         names = {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}
-        return {ours: float(self.arrays[at + theirs]) for ours, theirs in names.items()}
+        if f"{at}loss" in self.arrays:
+            names = {{"vqa": "answers"}.get(self.task, "classes"): "loss"}
+        return {ours: float(self.arrays[at + theirs]) for ours, theirs in names.items() if at + theirs in self.arrays}
+
+
+def packed(given: dict[str, Tensor], ids: str = "input_ids", mask: str = "attention_mask") -> PackedText:
+    return PackedText.from_padded(given[ids], given[mask])

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from albef_ds.config import BatchPlan, OptimizerConfig
+from albef_ds.data.batch import PackedText
+from albef_ds.evaluation.answers import rank_answers
 from albef_ds.model.reference_weights import to_reference
 from albef_ds.training.optimizer import build_optimizer
 from tests.golden_cases import GoldenCase
@@ -54,6 +56,54 @@ def test_pretrain_in_one_process(golden: Path, impl: str):
         optimizer.step()
         task.finish_step()
     check_final(case, to_reference(task.model, task.teacher, task.queue))
+
+
+@pytest.mark.parametrize("name", ["retrieval", "vqa", "entailment", "nlvr"])
+def test_fine_tuning_in_one_process(golden: Path, name: str):
+    case = GoldenCase(golden, name)
+    task = case.build().to(DEVICE)
+    optimizer = build_optimizer(task, RECORDED_OPTIMIZER)
+    assert case.steps == 2
+    for step in range(case.steps):
+        task.start_step(case.alpha(step))
+        losses = task(case.batch(step).to(DEVICE))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        check_losses({k: v.item() for k, v in losses.items()}, case.losses(step))
+        optimizer.step()
+        task.finish_step()
+    with torch.no_grad():
+        CHECK_TRAINED[name](case, task.eval())
+    if any(key.startswith("final/") for key in case.arrays):
+        check_final(case, to_reference(task.model, task.teacher, getattr(task, "queue", None)))
+
+
+def check_labels(case: GoldenCase, task: torch.nn.Module) -> None:
+    batch = case.batch(0).to(DEVICE)
+    logits = task.model.classify(batch.images, batch.text).cpu()
+    torch.testing.assert_close(logits, case.tensor("logits"), atol=WEIGHT, rtol=WEIGHT)
+
+
+def check_features(case: GoldenCase, task: torch.nn.Module) -> None:
+    text = PackedText.from_padded(case.tensor("eval/input_ids"), case.tensor("eval/attention_mask")).to(DEVICE)
+    image_embeds, image_feat = task.model.encode_image(case.tensor("eval/image").to(DEVICE))
+    text_embeds, text_feat = task.model.encode_text(text)
+    own = torch.arange(text.num_texts, device=DEVICE)
+    scores = task.model.match(text_embeds, text, own, image_embeds, own)[:, 1]
+    for name, found in (("image_feat", image_feat), ("text_feat", text_feat), ("itm_score", scores)):
+        torch.testing.assert_close(found.cpu(), case.tensor(f"eval/{name}"), atol=WEIGHT, rtol=WEIGHT)
+
+
+def check_ranking(case: GoldenCase, task: torch.nn.Module) -> None:
+    batch = case.batch(0).to(DEVICE)
+    candidates = PackedText.from_padded(case.tensor("candidate_ids"), case.tensor("candidate_mask")).to(DEVICE)
+    top_ids, top_probs = case.tensor("top_ids"), case.tensor("top_probs")
+    ranked = rank_answers(task.model, task.model.read(batch.images, batch.text), candidates, k=top_ids.shape[1])
+    assert torch.equal(ranked.indices.cpu(), top_ids)
+    torch.testing.assert_close(ranked.probabilities.cpu(), top_probs, atol=WEIGHT, rtol=WEIGHT)
+
+
+CHECK_TRAINED = {"retrieval": check_features, "vqa": check_ranking, "entailment": check_labels, "nlvr": check_labels}
 
 
 def check_gradients(case: GoldenCase, task: torch.nn.Module) -> None:

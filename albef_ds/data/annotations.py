@@ -76,7 +76,7 @@ def read_pairs(
     string_ends, entry_ends, root_ends = array("q", [0]), array("q", [0]), array("q")
     rejected: list[tuple[str, str]] = []
     for path in paths:
-        for i, entry in enumerate(_load_list(path)):
+        for i, entry in enumerate(load_list(path)):
             strings, fault = strings_of(entry)
             if fault:
                 key = strings[0] if strings else f"{path.name}#{i}"
@@ -105,7 +105,8 @@ def read_pairs(
     )
 
 
-def _load_list(path: Path) -> list:
+def load_list(path: Path) -> list:
+    """The list in a JSON file; AnnotationError says what is wrong with another one."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
@@ -122,7 +123,7 @@ def _load_list(path: Path) -> list:
         raise AnnotationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, list):
         raise AnnotationError(
-            f'{path} holds {_kind(content)} at its top level: expected a list of {{"image": …, "caption": …}}'
+            f'{path} holds {kind_of(content)} at its top level: expected a list of {{"image": …, "caption": …}}'
         )
     return content
 
@@ -130,10 +131,10 @@ def _load_list(path: Path) -> list:
 def strings_of(entry) -> tuple[list[str], str]:
     """(key and captions, "") of an entry, or (key if it has one, what is wrong with it)."""
     if not isinstance(entry, dict):
-        return [], f"expected an object, found {_kind(entry)}"
+        return [], f"expected an object, found {kind_of(entry)}"
     image = entry.get("image")
     if not isinstance(image, str) or not image:
-        return [], '"image" is missing' if image is None else f'"image" is {_kind(image)}: expected a path'
+        return [], '"image" is missing' if image is None else f'"image" is {kind_of(image)}: expected a path'
     caption = entry.get("caption")
     captions = caption if isinstance(caption, list) else [caption]
     usable = [c for c in captions if isinstance(c, str) and c.strip()]
@@ -141,9 +142,9 @@ def strings_of(entry) -> tuple[list[str], str]:
         return [image, *usable], ""
     if caption is None:
         return [image], '"caption" is missing'
-    return [image], f'"caption" is {_kind(caption)} without any text'
+    return [image], f'"caption" is {kind_of(caption)} without any text'
 
 
-def _kind(value) -> str:
+def kind_of(value) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

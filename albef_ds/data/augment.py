@@ -51,13 +51,13 @@ class TrainTransform:
     """
 
     size: int
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a crop has
+    scale: tuple[float, float] | None = (0.2, 1.0)  # share of the image's area that a crop has; None: no crop
     horizontal_flip: bool = True
     randaugment: bool = True
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> Drawn:
         """What is to be done to an image of this size. Every loader draws with this, so that they agree."""
-        crop = _random_crop(width, height, self.scale, rng)
+        crop = (0, 0, width, height) if self.scale is None else _random_crop(width, height, self.scale, rng)
         mirror = self.horizontal_flip and rng.random() < 0.5
         return Drawn(crop, mirror, draw_ops(rng) if self.randaugment else ())
 

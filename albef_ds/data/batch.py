@@ -68,6 +68,16 @@ class PackedText(Movable):
             max_length=max(lengths),
         )
 
+    def select(self, index: Tensor) -> PackedText:
+        """Texts `index` [N] int64, in this order; one may come several times. Asks the device how long they are."""
+        starts = self.cu_seqlens[index].long()
+        lengths = self.cu_seqlens[index + 1].long() - starts
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        total = int(cu_seqlens[-1])
+        shift = (starts - cu_seqlens[:-1]).repeat_interleave(lengths, output_size=total)
+        rows = torch.arange(total, device=index.device) + shift
+        return PackedText(self.input_ids[rows], self.position_ids[rows], cu_seqlens.int(), int(lengths.max()))
+
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedText:
         """Packs padded ids [B, L] with a 0/1 mask [B, L] whose ones come first in each row."""
@@ -88,14 +98,65 @@ class MaskedTokens(Movable):
 
 
 @dataclass(frozen=True)
-class PretrainingBatch(Movable):
-    """What one pre-training micro-batch of one rank consists of."""
+class Loaded(Movable):
+    """What every micro-batch of one rank has, whatever its task."""
 
     images: Tensor  # [B, 3, R, R] float, normalised
     text: PackedText
-    masked: MaskedTokens
-    keys: tuple[str, ...] = ()  # names of the samples, for logs
-    rejected: tuple[tuple[str, str], ...] = field(default=())  # (key, reason) of samples replaced while loading
+    keys: tuple[str, ...] = field(default=(), kw_only=True)  # names of the samples, for logs
+    # (key, reason) of samples replaced while loading
+    rejected: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return self.text.num_texts
+
+
+@dataclass(frozen=True)
+class PretrainingBatch(Loaded):
+    """Captions as they are, and masked."""
+
+    masked: MaskedTokens
+
+
+@dataclass(frozen=True)
+class PairBatch(Loaded):
+    """Images and captions; pairs of equal id are right for each other (retrieval, grounding)."""
+
+    ids: Tensor  # [B] int64, 0 or more
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Loaded):
+    """Texts with a class each. Images [B, 3, R, R], or [2 B, 3, R, R], the left ones first (NLVR2)."""
+
+    labels: Tensor  # [B] int64
+
+
+@dataclass(frozen=True)
+class QuestionBatch(Loaded):
+    """`text` holds B questions; the answers to question 0 come first, then those to question 1, and so on."""
+
+    answers: PackedText  # A of them, at least one a question
+    weights: Tensor  # [A] float
+    cu_questions: Tensor  # [B + 1] int32, the answers' tokens that belong to question i
+    longest: int  # tokens of the question that has most
+
+    @classmethod
+    def of(
+        cls,
+        images: Tensor,
+        questions: PackedText,
+        answers: PackedText,
+        weights: Tensor,
+        counts: Sequence[int],
+        **loaded,
+    ) -> QuestionBatch:
+        """counts: how many of the answers belong to each question. Raises ValueError where a question has none."""
+        if len(counts) != questions.num_texts or min(counts) < 1 or sum(counts) != answers.num_texts:
+            raise ValueError(
+                f"{questions.num_texts} questions and {answers.num_texts} answers do not fit the counts {list(counts)}: "
+                "every question needs at least one answer"
+            )
+        boundaries = torch.nn.functional.pad(torch.tensor(counts).cumsum(0), (1, 0))
+        cu_questions = answers.cu_seqlens[boundaries]
+        return cls(images, questions, answers, weights, cu_questions, int(cu_questions.diff().max()), **loaded)

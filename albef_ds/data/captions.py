@@ -20,3 +20,8 @@ def clean_caption(text: str, max_words: int = 30) -> str:
     text = _WHITESPACE_RUN.sub(" ", text).rstrip("\n").strip(" ")
     words = text.split(" ", max_words)  # at most one piece more than is kept: a 10,000-word text is not cut up in vain
     return " ".join(words[:max_words])
+
+
+def clean_question(text: str, max_words: int = 30) -> str:
+    """As `pre_question` in the same file, which cleans less: spaces are only cut off at the end."""
+    return " ".join(text.lower().translate(_TABLE).rstrip(" ").split(" ")[:max_words])

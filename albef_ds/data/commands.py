@@ -43,12 +43,31 @@ def add_commands(subparsers) -> None:
     show.add_argument("--seed", type=int, default=0)
     show.set_defaults(run=run_show)
 
+    refcoco = subparsers.add_parser("refcoco", help="make training and test files of RefCOCO, RefCOCO+ or RefCOCOg")
+    refcoco.add_argument("folder", type=Path, help="one data set as it is distributed: refs(...).p and instances.json")
+    refcoco.add_argument("out", type=Path)
+    refcoco.add_argument("--split-by", default="unc", help="unc, umd or google")
+    refcoco.add_argument("--detections", type=Path, help="dets.json, the proposals to choose from")
+    refcoco.add_argument("--image-template", default="train2014/{file_name}", help="where images lie under image_root")
+    refcoco.add_argument("--name", help="of the files (default: the folder's)")
+    refcoco.set_defaults(run=run_refcoco)
+
 
 def _user_errors() -> tuple[type[Exception], ...]:
     from albef_ds.data.annotations import AnnotationError
     from albef_ds.data.shard_format import ShardError
 
     return (AnnotationError, ShardError, FileExistsError, ValueError)
+
+
+def run_refcoco(args: argparse.Namespace) -> int:
+    from albef_ds.data.refcoco import convert_refcoco
+
+    counts = convert_refcoco(args.folder, args.out, args.split_by, args.detections, args.image_template, args.name)
+    for split, number in counts.entries.items():
+        print(f"{split}: {number} phrases")
+    print(f"left out without a text: {counts.blank}; without proposals: {counts.without_proposals}")
+    return 0
 
 
 def run_pack(args: argparse.Namespace) -> int:

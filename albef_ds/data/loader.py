@@ -10,19 +10,23 @@ from typing import Protocol
 import torch
 
 from albef_ds.config import BatchPlan, Config, ConfigError, DataConfig
-from albef_ds.data.annotations import Annotation, read_pairs
+from albef_ds.data.annotations import Annotation, AnnotationError, read_pairs
 from albef_ds.data.augment import TrainTransform
-from albef_ds.data.batch import PretrainingBatch
+from albef_ds.data.batch import Loaded
 from albef_ds.data.dali_pipeline import MISSING, dali_available
 from albef_ds.data.order import SampleOrder
 from albef_ds.data.shard_folder import CachedFolder, open_folder
+from albef_ds.data.shard_format import ShardError
 from albef_ds.data.shard_order import ShardOrder
 from albef_ds.data.shards import ShardSet
 from albef_ds.data.text_pipeline import TextPipeline
-from albef_ds.data.tokenizer import CaptionTokenizer
-from albef_ds.data.torch_loader import PretrainingLoader, UnreadableImagesError
+from albef_ds.data.tokenizer import CaptionTokenizer, TokenizerError
+from albef_ds.data.task_loader import build_samples
+from albef_ds.data.torch_loader import PretrainingSamples, TorchLoader, UnreadableImagesError
 
 log = logging.getLogger(__name__)
+
+USERS = (ConfigError, AnnotationError, ShardError, TokenizerError)  # these say already what is wrong with what
 
 
 class TooManyRejectsError(UnreadableImagesError):
@@ -37,7 +41,7 @@ class Loader(Protocol):
 
     def epoch_of(self, step: int) -> int: ...
 
-    def batches(self, start_step: int = 0) -> Iterator[PretrainingBatch]: ...
+    def batches(self, start_step: int = 0) -> Iterator[Loaded]: ...
 
 
 class TrainingLoader:
@@ -54,7 +58,7 @@ class TrainingLoader:
     def epoch_of(self, step: int) -> int:
         return self.loader.epoch_of(step)
 
-    def batches(self, start_step: int = 0) -> Iterator[PretrainingBatch]:
+    def batches(self, start_step: int = 0) -> Iterator[Loaded]:
         """Raises TooManyRejectsError once more than `max_rejects` different samples had to be replaced."""
         seen: set[str] = set()
         for batch in self.loader.batches(start_step):
@@ -76,7 +80,6 @@ def build_loader(
     Raises ConfigError where the recipe contradicts itself, AnnotationError or ShardError where data cannot be read.
     """
     data = config.data
-    samples = open_data(data)
     numbers = {
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
@@ -91,28 +94,23 @@ def build_loader(
         randaugment=data.augment.randaugment,
     )
     try:
-        order = order_of(samples, data, numbers)
-        if use_dali(data.loader):
-            from albef_ds.data.dali import DaliLoader
-
+        if config.task == "pretraining":
+            pairs = open_data(data)
+            order = order_of(pairs, data, numbers)
             text = TextPipeline(tokenizer, data.max_words, data.max_tokens, data.mlm_probability)
-            loader: Loader = DaliLoader(samples, text, transform, order, workers=data.workers, device=device)
+            if use_dali(data.loader):
+                from albef_ds.data.dali import DaliLoader
+
+                loader = DaliLoader(pairs, text, transform, order, workers=data.workers, device=device)
+                return TrainingLoader(loader, data.max_rejects, getattr(pairs, "rejected", ()))
+            samples, rejected = PretrainingSamples(pairs, text, transform), getattr(pairs, "rejected", ())
         else:
-            loader = PretrainingLoader(
-                samples,
-                tokenizer,
-                transform,
-                **numbers,
-                max_words=data.max_words,
-                max_tokens=data.max_tokens,
-                mlm_probability=data.mlm_probability,
-                workers=data.workers,
-                pin_memory=device.type == "cuda",
-                order=order,
-            )
+            samples = build_samples(config, tokenizer, transform)
+            rejected, order = samples.entries.rejected, SampleOrder(len(samples), **numbers)
+        loader = TorchLoader(samples, order, config.train.seed, data.workers, pin_memory=device.type == "cuda")
     except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
-    return TrainingLoader(loader, data.max_rejects, getattr(samples, "rejected", ()))
+        raise error if isinstance(error, USERS) else ConfigError(f"data: {error}") from error
+    return TrainingLoader(loader, data.max_rejects, rejected)
 
 
 def open_data(data: DataConfig) -> Sequence[Annotation]:

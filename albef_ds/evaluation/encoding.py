@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +10,11 @@ from tqdm import tqdm
 
 from albef_ds.data.batch import PackedText
 from albef_ds.data.captions import clean_caption
-from albef_ds.data.images import ImageError, decode_image
+from albef_ds.data.images import decode_image
+from albef_ds.evaluation.ahead import EvaluationError, loaded_ahead, refuse_holes
 from albef_ds.evaluation.sharding import Batches, Ranks
 
 MAX_WORDS = 30  # of a test caption, as in the reference's evaluation
-NAMED = 5  # bad images that an error names
-
-
-class EvaluationError(ValueError):
-    """A test set that cannot be evaluated as a whole, or a model that gives no numbers."""
 
 
 @dataclass(frozen=True)
@@ -85,43 +79,19 @@ class EncodedImages:
     def encode(cls, model, paths, transform, size, workers, ranks, device, dtype) -> EncodedImages:
         batches = Batches(len(paths), size, ranks)
         embeds, feats, bad = {}, {}, []
-        loaded = _load(paths, [batches.rows(batch) for batch in batches.mine], transform, workers)
+        blocks = [batches.rows(batch) for batch in batches.mine]
+        loaded = loaded_ahead(lambda row: transform(decode_image(paths[row])), blocks, workers)
         for batch, (pixels, faults) in zip(
             batches.mine, progress(loaded, "images", ranks, len(batches.mine)), strict=True
         ):
             bad += faults
             if not bad:
-                embed, feat = model.encode_image(pixels.to(device))
+                embed, feat = model.encode_image(torch.stack(pixels).to(device))
                 embeds[batch], feats[batch] = embed.to("cpu", dtype), feat.float()
-        bad = [fault for faults in ranks.all_objects(bad) for fault in faults]  # all ranks fail together
-        if bad:
-            more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-            raise EvaluationError(
-                f"test images that cannot be used: {'; '.join(bad[:NAMED])}{more}. Recall over a part of the set "
-                "cannot be compared with anything: repair the files, or remove their entries from the annotation file"
-            )
+        refuse_holes(ranks, bad)
         (feature,) = _widths(ranks, feats)
         shared = batches.share(feats, lambda rows: torch.empty(len(rows), feature, device=device), device)
         return cls(embeds, finite(shared, "images"), batches)
-
-
-def _load(paths, blocks: list[range], transform, workers: int) -> Iterator[tuple[Tensor | None, list[str]]]:
-    """Pixels [b, 3, R, R] of each block of rows and the faults in it, one block ahead of who asks."""
-
-    def load(row: int):
-        try:
-            return transform(decode_image(paths[row]))
-        except ImageError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(load, row) for row in blocks[0]] if blocks else []
-        for i in range(len(blocks)):
-            following = [pool.submit(load, row) for row in blocks[i + 1]] if i + 1 < len(blocks) else []
-            results = [future.result() for future in pending]
-            faults = [r for r in results if isinstance(r, str)]
-            yield (None if faults else torch.stack(results)), faults
-            pending = following
 
 
 def _widths(ranks: Ranks, *parts: dict[int, Tensor]) -> list[int]:

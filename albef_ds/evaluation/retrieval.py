@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from albef_ds.evaluation.encoding import NAMED, EncodedImages, EncodedTexts, EvaluationError, progress
+from albef_ds.evaluation.ahead import NAMED, EvaluationError
+from albef_ds.evaluation.encoding import EncodedImages, EncodedTexts, progress
 from albef_ds.evaluation.recall import first_right, ordered, recall, reranked
 from albef_ds.evaluation.sharding import Ranks
 
@@ -111,14 +112,12 @@ def evaluate_retrieval(
         return _rank(model, pairs, images, texts, k_test, pair_batch, device, examples, found)
 
 
-def evaluate_recipe(model, config, tokenizer, device: torch.device) -> RetrievalResult:
-    """Evaluates on a recipe's test set (data.test), with bf16 arithmetic on a GPU, as in training."""
+def evaluate_recipe(model, config, tokenizer, device: torch.device, file: str) -> RetrievalResult:
+    """Evaluates on a test set with a recipe's settings, and bf16 arithmetic on a GPU, as in training."""
     from albef_ds.data.annotations import read_pairs
     from albef_ds.data.augment import EvalTransform
 
-    if not config.data.test:
-        raise EvaluationError("data.test is empty: name the annotation file to evaluate on")
-    annotations = read_pairs(config.data.test, config.data.image_root)
+    annotations = read_pairs(file, config.data.image_root)
     if annotations.rejected:
         reasons = "; ".join(reason for _, reason in annotations.rejected[:NAMED])
         raise EvaluationError(f"{len(annotations.rejected)} entries of the test set cannot be used: {reasons}")

@@ -17,13 +17,16 @@ from albef_ds.model.vision import build_vision_encoder
 class Encoders(nn.Module):
     """The part of ALBEF that student and teacher share: both encoders and their projections."""
 
+    PARTS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
     visual_encoder: nn.Module
     text_encoder: TextEncoder
     vision_proj: nn.Linear
     text_proj: nn.Linear
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, R, R] to embeddings [B, S, Wv] and the [CLS] feature [B, E], fp32, of unit length."""
+        """[B, 3, R, R] to embeddings [B, S, Wv] and the [CLS] feature [B, E], fp32, of unit length.
+
+        S is 1 + the image's patches; fewer where a student in training drops some (model.options.token_drop)."""
         image_embeds = self.visual_encoder.forward_features(images)
         return image_embeds, unit_features(self.vision_proj(image_embeds[:, 0]))
 
@@ -39,13 +42,17 @@ class Encoders(nn.Module):
 
 
 class ALBEF(Encoders):
-    """The student. Parameter names are the reference's, so a state dict needs no translation but the queues'."""
+    """The student. Parameter names are the reference's, so a state dict needs no translation but the queues'.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        mlm_head: whether the text encoder can predict words; only pre-training needs it.
+    """
+
+    def __init__(self, config: ModelConfig, mlm_head: bool = True):
         super().__init__()
         self.config = config
-        self.visual_encoder = build_vision_encoder(config.vision, config.attention)
-        self.text_encoder = TextEncoder(config.text, config.vision.width, config.attention)
+        self.visual_encoder = build_vision_encoder(config.vision, config.attention, config.options.token_drop)
+        self.text_encoder = TextEncoder(config.text, config.vision.width, config.attention, mlm_head)
         self.vision_proj = nn.Linear(config.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.text.width, config.embed_dim)
         self.itm_head = nn.Linear(config.text.width, 2)

@@ -1,146 +1,157 @@
-"""Weights from elsewhere: the reference's ALBEF checkpoints (read and written), timm's ViT, Hugging Face's BERT.
+"""Checkpoints of the reference, of pre-training and of every fine-tuning task, read and written.
 
-Nothing is unpickled but tensors and plain containers (`weights_only=True`), and whatever could not be loaded is said.
+The modules here carry the reference's names, with one exception: its fine-tuning tasks call the text encoder's layers
+`text_encoder.encoder...`, its pre-training `text_encoder.bert.encoder...`, which is what ours are always called. Where a
+task starts from another task's checkpoint, its weights are arranged as the reference arranges them: the answer decoder
+starts as the fusion layers (VQA.py), the paired layers of NLVR2 as two of each (Pretrain_nlvr.py).
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from albef_ds.model.albef import ALBEF
 from albef_ds.model.queue import FeatureQueue
-from albef_ds.model.teacher import PARTS, Teacher
+from albef_ds.model.teacher import Momentum
 from albef_ds.model.vision import fit_position_embeddings
+from albef_ds.model.weight_files import WeightsError, few
 
 log = logging.getLogger(__name__)
 
-STATE_KEYS = {"image_queue", "text_queue", "queue_ptr"}
-# Entries of the reference's checkpoints that hold no weight of their own: the decoder is tied to the word embeddings.
-TIED = {
-    "text_encoder.cls.predictions.decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight",
-    "text_encoder.cls.predictions.decoder.bias": "text_encoder.cls.predictions.bias",
-}
-POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
+State = dict[str, Tensor]
+
+QUEUE_KEYS = {"image_queue", "text_queue", "queue_ptr"}
+IDS_KEY = "idx_queue"
+ENCODER, DECODER = "text_encoder", "text_decoder"
+HEADS = ("cls_head", "ta_head")  # of one task alone: they start at random where another task's weights are taken
+# Parts that some task of the reference has: a checkpoint may hold them for nothing.
+PARTS = {"visual_encoder", "vision_proj", ENCODER, "text_proj", "temp", "itm_head", DECODER, *HEADS}
 
 
-class WeightsError(ValueError):
-    """A weights file that cannot be used; the message names it and says what was expected."""
-
-
-# -- reading files -----------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """A .pth/.bin/.pt (bare or under "model"/"state_dict") or .safetensors file, on the CPU.
-
-    Raises:
-        WeightsError: not there, not a weights file, or one that would run code when unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"{path}: not a file of plain tensors ({reason}). Nothing was executed; save it again as a state dict"
-        ) from None
-    for key in ("model", "state_dict", "module"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
-    if not tensors:
-        raise WeightsError(f"{path}: holds no named tensors; expected a state dict, or one under the key 'model'")
-    return tensors
-
-
-# -- the reference's checkpoints ---------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def load_reference(
-    state: Mapping[str, Tensor], student: ALBEF, teacher: Teacher, queue: FeatureQueue, source: str
+    state: Mapping[str, Tensor],
+    student: nn.Module,
+    teacher: Momentum | None,
+    queue: FeatureQueue | None,
+    source: str,
 ) -> None:
-    """Puts a reference checkpoint into student, teacher and queues.
+    """Puts a reference checkpoint, of this task or of one that comes before it, into student, teacher and queues.
 
-    The position embeddings are resampled to this model's image size. Without momentum copies the teacher starts as the
-    student; without queues, or with queues of another length, ours stay as they are. Both are logged.
+    The position embeddings are resampled to this model's image size. The teacher starts as the student, after the
+    student is loaded (the reference's NLVR.py copies before), and takes what momentum copies there are. Without queues,
+    or with queues of another length, ours stay as they are. All of it is logged.
 
     Raises:
         WeightsError: weights of the student are missing, unknown or of another shape: another model's checkpoint.
     """
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    _load_part(student, _untie(state), source, ignore=lambda key: _is_teacher(key) or key in STATE_KEYS)
-    if any(_is_teacher(key) for key in state):
-        theirs = {_student_name(k): v for k, v in state.items() if _is_teacher(k)}
-        _load_part(teacher, _untie(theirs), source)
-    else:
-        log.warning("%s: no momentum copies: the teacher starts as a copy of the student", source)
-        teacher.copy_from(student)
-    _load_queue(state, queue, source)
-
-
-def to_reference(
-    student: ALBEF, teacher: Teacher | None = None, queue: FeatureQueue | None = None
-) -> dict[str, Tensor]:
-    """The state dict as the reference writes it: its names, temperature of no dimension, queues [D, M]."""
-    state = _named_as_reference(student.state_dict())
-    state["temp"] = state["temp"].reshape(())
+    state = _canonical({k.removeprefix("module."): v for k, v in state.items()})
+    mine, momentum = {}, {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part.removesuffix("_m") in PARTS and part.endswith("_m"):
+            momentum[f"{part.removesuffix('_m')}.{rest}"] = value
+        elif part not in QUEUE_KEYS and part != IDS_KEY:
+            mine[key] = value
+    for part in _load(student, _arranged(mine, student), source, fresh=HEADS):
+        log.warning("%s: no %s of this task: it starts at random", source, part)
     if teacher is not None:
-        for key, value in _named_as_reference(teacher.state_dict()).items():
-            state[_teacher_name(key)] = value
+        teacher.copy_from(student)
+        momentum = _arranged(momentum, teacher)
+        absent = tuple(p for p in teacher.PARTS if not any(k.startswith(f"{p}.") for k in momentum))
+        if absent:
+            log.warning("%s: no momentum copy of %s: it starts as a copy of the student's", source, ", ".join(absent))
+        _load(teacher, momentum, source, fresh=(*HEADS, *absent))
     if queue is not None:
-        state["image_queue"] = queue.image.float().t().contiguous()
-        state["text_queue"] = queue.text.float().t().contiguous()
-        state["queue_ptr"] = queue.pointer.clone()
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        _load_queue(state, queue, source)
 
 
-def _named_as_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = dict(state)
-    positions = state["text_encoder.bert.embeddings.position_embeddings.weight"].shape[0]
-    state[POSITION_IDS] = torch.arange(positions).expand(1, -1)
-    for tied, owner in TIED.items():
-        state[tied] = state[owner]
-    return state
+def _canonical(state: State) -> State:
+    """Our names: the encoder's layers always under `bert.`, nothing that holds no weight of its own."""
+    renamed = {}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        if part.removesuffix("_m") == ENCODER and rest.split(".", 1)[0] in ("embeddings", "encoder"):
+            key = f"{part}.bert.{rest}"
+        # The head's decoder is tied to the word embeddings, the positions are 0, 1, 2, ...
+        if ".cls.predictions.decoder." not in key and not key.endswith(".position_ids"):
+            renamed[key] = value.reshape(1) if key == "temp" else value
+    return renamed
 
 
-def _untie(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    drop = {*TIED, POSITION_IDS}
-    state = {k: v for k, v in state.items() if k not in drop}
-    if "temp" in state:
-        state["temp"] = state["temp"].reshape(1)
-    return state
-
-
-def _is_teacher(key: str) -> bool:
-    return key.split(".", 1)[0] in {f"{part}_m" for part in PARTS}
-
-
-def _student_name(key: str) -> str:
-    part, rest = key.split(".", 1)
-    return f"{part.removesuffix('_m')}.{rest}"
-
-
-def _teacher_name(key: str) -> str:
-    part, rest = key.split(".", 1)
-    return f"{part}_m.{rest}"
-
-
-def _load_part(module: ALBEF | Teacher, state: Mapping[str, Tensor], source: str, ignore=lambda key: False) -> None:
+def _arranged(state: State, module: nn.Module) -> State:
+    """A state dict for `module` out of one for pre-training, or out of its own."""
+    if not state:
+        return state
     state = fit_position_embeddings(state, module.visual_encoder, "visual_encoder.")
+    first_fusion = module.text_encoder.config.fusion_layer
+    if hasattr(module, DECODER) and not any(k.startswith(f"{DECODER}.") for k in state):
+        state |= _decoder_from_fusion_layers(state, first_fusion)
+    paired = len(module.text_encoder.bert.encoder.layer)
+    if paired > module.text_encoder.config.layers and _depth(state) == module.text_encoder.config.layers:
+        state = _each_fusion_layer_twice(state, first_fusion)
+    return state
+
+
+def _decoder_from_fusion_layers(state: State, first_fusion: int) -> State:
+    decoder = {}
+    for key, value in state.items():
+        if key.startswith(f"{ENCODER}."):
+            name, layer = key.replace(ENCODER, DECODER, 1), _layer_of(key)
+            if layer is None:
+                decoder[name] = value
+            elif layer >= first_fusion:
+                decoder[_with_layer(name, layer - first_fusion)] = value
+    return decoder
+
+
+def _each_fusion_layer_twice(state: State, first_fusion: int) -> State:
+    paired = {}
+    for key, value in state.items():
+        layer = _layer_of(key) if key.startswith(f"{ENCODER}.") else None
+        if layer is None or layer < first_fusion:
+            paired[key] = value
+        else:
+            for side in (0, 1):
+                paired[_with_layer(key, first_fusion + 2 * (layer - first_fusion) + side)] = value
+    return paired
+
+
+def _layer_of(key: str) -> int | None:
+    """The layer's number in `text_encoder.bert.encoder.layer.N...`."""
+    parts = key.split(".")
+    return int(parts[4]) if parts[1:4] == ["bert", "encoder", "layer"] else None
+
+
+def _with_layer(key: str, layer: int) -> str:
+    parts = key.split(".")
+    return ".".join([*parts[:4], str(layer), *parts[5:]])
+
+
+def _depth(state: State) -> int:
+    layers = [_layer_of(key) for key in state if key.startswith(f"{ENCODER}.")]
+    return 1 + max((layer for layer in layers if layer is not None), default=-1)
+
+
+def _load(module: nn.Module, state: State, source: str, fresh: tuple[str, ...]) -> list[str]:
+    """Loads all of a module; parts in `fresh` may be missing, or another task's, and then stay as they are: these are
+    returned."""
     expected = module.state_dict()
-    state = {k: v for k, v in state.items() if not ignore(k)}
+    parts = {key.split(".", 1)[0] for key in expected}
+    foreign = PARTS - parts | ({f"{ENCODER}.cls"} if not hasattr(module.text_encoder, "cls") else set())
+    state = {k: v for k, v in state.items() if k.split(".", 1)[0] not in foreign and not k.startswith(tuple(foreign))}
+    kept = []
+    for part in fresh:
+        theirs = {k: v.shape for k, v in state.items() if k.startswith(f"{part}.")}
+        ours = {k: v.shape for k, v in expected.items() if k.startswith(f"{part}.")}
+        if ours and theirs != ours:
+            kept.append(part)
+            state = {k: v for k, v in state.items() if k not in theirs} | {k: expected[k] for k in ours}
     wrong = [
         f"{k} is {tuple(v.shape)}, the model has {tuple(expected[k].shape)}"
         for k, v in state.items()
@@ -149,16 +160,17 @@ def _load_part(module: ALBEF | Teacher, state: Mapping[str, Tensor], source: str
     missing = sorted(expected.keys() - state.keys())
     unknown = sorted(state.keys() - expected.keys())
     if missing or unknown or wrong:
-        parts = [f"missing: {_few(missing)}"] * bool(missing) + [f"unknown: {_few(unknown)}"] * bool(unknown)
-        parts += [f"wrong shape: {_few(wrong)}"] * bool(wrong)
+        faults = [f"missing: {few(missing)}"] * bool(missing) + [f"unknown: {few(unknown)}"] * bool(unknown)
+        faults += [f"wrong shape: {few(wrong)}"] * bool(wrong)
         raise WeightsError(
-            f"{source}: not a checkpoint of this model ({'; '.join(parts)}). Check model.* in the recipe against it"
+            f"{source}: not a checkpoint of this model ({'; '.join(faults)}). Check model.* in the recipe against it"
         )
     module.load_state_dict(state)
+    return kept
 
 
-def _load_queue(state: Mapping[str, Tensor], queue: FeatureQueue, source: str) -> None:
-    if not STATE_KEYS <= state.keys():
+def _load_queue(state: State, queue: FeatureQueue, source: str) -> None:
+    if not QUEUE_KEYS <= state.keys():
         log.warning("%s: no queues: they start as random unit vectors", source)
         return
     image, text = (state[key].t() for key in ("image_queue", "text_queue"))
@@ -174,75 +186,43 @@ def _load_queue(state: Mapping[str, Tensor], queue: FeatureQueue, source: str) -
         queue.image.copy_(image)
         queue.text.copy_(text)
         queue.pointer.copy_(state["queue_ptr"].reshape(1) % queue.length)
+        if queue.ids is not None and IDS_KEY in state:
+            queue.ids.copy_(state[IDS_KEY].reshape(-1))
 
 
-# -- single-modality weights to start from -----------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def load_timm(student: ALBEF, name: str) -> None:
-    """Image encoder weights: timm's name (`deit_base_patch16_224`) or a local file; the classifier head is left out."""
-    if Path(name).exists():
-        state = read_state_dict(name)
-    else:
-        import timm
-
-        try:
-            state = timm.create_model(name, pretrained=True).state_dict()
-        except Exception as error:  # timm and the hub raise many kinds; all mean the same to the user
-            raise WeightsError(
-                f"model.vision.weights: {name}: neither a local file nor to be had from timm ({error})"
-            ) from error
-    state = fit_position_embeddings(state, student.visual_encoder)
-    _load_loosely(student.visual_encoder, state, f"image encoder from {name}")
-
-
-def load_bert(student: ALBEF, name: str) -> None:
-    """Text encoder weights: Hugging Face's name (`bert-base-uncased`) or a local folder or file; cross-attention stays
-    random, as there is none in BERT."""
-    if Path(name).is_file():
-        state = read_state_dict(name)
-    else:
-        from transformers import BertForMaskedLM
-
-        try:
-            state = BertForMaskedLM.from_pretrained(name).state_dict()
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise WeightsError(
-                f"model.text.weights: {name}: neither a local folder nor to be had from the hub ({reason})"
-            ) from error
-    # Files written before transformers 4 name LayerNorm's parameters gamma and beta, and drop the leading `bert.`.
-    state = {
-        k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-        for k, v in state.items()
-    }
-    if not any(k.startswith("bert.") for k in state):
-        state = {f"bert.{k}": v for k, v in state.items()}
-    _load_loosely(student.text_encoder, state, f"text encoder from {name}")
+def to_reference(student: nn.Module, teacher: Momentum | None = None, queue: FeatureQueue | None = None) -> State:
+    """The state dict as the reference writes it: its names, temperature of no dimension, queues [D, M]."""
+    state = _named_as_reference(student)
+    if "temp" in state:
+        state["temp"] = state["temp"].reshape(())
+    if teacher is not None:
+        for key, value in _named_as_reference(teacher).items():
+            part, rest = key.split(".", 1)
+            state[f"{part}_m.{rest}"] = value
+    if queue is not None:
+        state["image_queue"] = queue.image.float().t().contiguous()
+        state["text_queue"] = queue.text.float().t().contiguous()
+        state["queue_ptr"] = queue.pointer.clone()
+        if queue.ids is not None:
+            state[IDS_KEY] = queue.ids.reshape(1, -1)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def _load_loosely(module: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads what fits by name and shape and says loudly what did not."""
-    expected = module.state_dict()
-    fits = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
-    misshapen = [
-        f"{k} {tuple(v.shape)} for {tuple(expected[k].shape)}"
-        for k, v in state.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    if not fits:
-        raise WeightsError(f"{source}: not one of its {len(state)} tensors fits this model by name and shape")
-    module.load_state_dict(fits, strict=False)
-    left = sorted(expected.keys() - fits.keys())
-    log.warning("%s: loaded %d of %d tensors", source, len(fits), len(expected))
-    for what, names in (("NOT loaded, stay random", left), ("of another shape", misshapen)):
-        if names:
-            log.warning("%s: %s: %s", source, what, _few(names))
-    unused = sorted(state.keys() - expected.keys())
-    if unused:
-        log.warning("%s: in the file but not in this model: %s", source, _few(unused))
-
-
-def _few(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _named_as_reference(module: nn.Module) -> State:
+    state = dict(module.state_dict())
+    for part in (ENCODER, DECODER):
+        if not hasattr(module, part):
+            continue
+        embeddings = f"{part}.bert.embeddings"
+        positions = state[f"{embeddings}.position_embeddings.weight"].shape[0]
+        state[f"{embeddings}.position_ids"] = torch.arange(positions).expand(1, -1)
+        head = f"{part}.cls.predictions"
+        if f"{head}.bias" in state:
+            state[f"{head}.decoder.weight"] = state[f"{embeddings}.word_embeddings.weight"]
+            state[f"{head}.decoder.bias"] = state[f"{head}.bias"]
+    if not hasattr(module.text_encoder, "cls"):
+        state = {k.replace(f"{ENCODER}.bert.", f"{ENCODER}.", 1): v for k, v in state.items()}
+    return state

@@ -7,6 +7,8 @@ text that looks at the image shares them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,18 +57,20 @@ class ResidualOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    def __init__(self, config: TextConfig, key_width: int, backend: str):
+    def __init__(self, config: TextConfig, key_width: int, backend: str, causal: bool = False):
         super().__init__()
         self.self = Projections(config.width, key_width)
         self.output = ResidualOutput(config.width, config)
         self.heads = config.heads
         self.dropout_p = config.attention_dropout
         self.backend = backend
+        self.causal = causal
 
     def forward(self, x: Tensor, spans: Spans, keys: Tensor, values: Tensor, key_spans: Spans) -> Tensor:
         """x [T, W] attends to keys and values [S, W]; run i of `spans` to run i of `key_spans`."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.self.query(x), keys, values))
-        out = attention(q, k, v, spans, key_spans, self.dropout_p if self.training else 0.0, self.backend)
+        dropout = self.dropout_p if self.training else 0.0
+        out = attention(q, k, v, spans, key_spans, dropout, self.backend, causal=self.causal)
         return self.output(out.flatten(1), x)
 
 
@@ -82,11 +86,11 @@ class Intermediate(nn.Module):
 class BertLayer(nn.Module):
     """Self-attention, in fusion layers cross-attention, feed-forward; each with its residual and LayerNorm."""
 
-    def __init__(self, config: TextConfig, image_width: int | None, backend: str):
+    def __init__(self, config: TextConfig, key_width: int | None, backend: str, causal: bool = False):
         super().__init__()
-        self.attention = BertAttention(config, config.width, backend)
-        if image_width is not None:
-            self.crossattention = BertAttention(config, image_width, backend)
+        self.attention = BertAttention(config, config.width, backend, causal)
+        if key_width is not None:
+            self.crossattention = BertAttention(config, key_width, backend)
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.mlp_width, config)
 
@@ -116,13 +120,11 @@ class BertLayer(nn.Module):
 
 
 class BertModel(nn.Module):
-    def __init__(self, config: TextConfig, image_width: int, backend: str):
+    def __init__(self, config: TextConfig, layers: list[BertLayer]):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(
-            BertLayer(config, image_width if i >= config.fusion_layer else None, backend) for i in range(config.layers)
-        )
+        self.encoder.layer = nn.ModuleList(layers)
 
 
 class PredictionHead(nn.Module):
@@ -140,27 +142,77 @@ class PredictionHead(nn.Module):
         return F.linear(hidden, word_embeddings, self.bias)
 
 
-class TextEncoder(nn.Module):
+class PackedBert(nn.Module):
+    """What the encoder and the answer decoder share: layers over packed tokens [T, W], and cross-attention's keys and
+    values projected for all layers at once."""
+
+    def __init__(self, config: TextConfig, layers: list[BertLayer], prediction_head: bool):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, layers)
+        if prediction_head:
+            self.cls = nn.Module()
+            self.cls.predictions = PredictionHead(config)
+        self.checkpointing = False
+        self.apply(_init)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, spans: Spans) -> Tensor:
+        if spans.max_length > self.config.max_positions:
+            raise ValueError(
+                f"a text of {spans.max_length} tokens does not fit model.text.max_positions = "
+                f"{self.config.max_positions}; lower data.max_tokens"
+            )
+        return self.bert.embeddings(input_ids, position_ids)
+
+    def run(self, layer: nn.Module, *inputs) -> Tensor:
+        """A layer, its activations recomputed in the backward pass where that is wanted."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def cross(
+        self,
+        layers: nn.ModuleList,
+        hidden: Tensor,
+        plan: FusionPlan,
+        keys: list[tuple[Tensor, Tensor]],
+        key_spans: Spans,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Layers with cross-attention, the last one for the wanted rows [R] alone; [R, W], in the order of `rows`, or
+        all [T, W] where rows is None.
+
+        Args:
+            hidden: [T, W] text embeddings, laid out as the plan says.
+            keys: every layer's keys and values [K, W]; run i of `key_spans` is what group i of the plan looks at.
+        """
+        wanted = None if rows is None else plan.select(rows)
+        last = len(keys) - 1
+        for i, (layer, there) in enumerate(zip(layers, keys, strict=True)):
+            only = wanted if i == last else None
+            hidden = self.run(layer, hidden, plan.spans, there, plan.groups, key_spans, only)
+        return hidden if wanted is None else hidden.index_select(0, wanted.place)
+
+    def predict_tokens(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary [P, V] of hidden states [P, W]."""
+        return self.cls.predictions(hidden, self.bert.embeddings.word_embeddings.weight)
+
+
+class TextEncoder(PackedBert):
     """BERT split into text and fusion layers, with its MLM head. Everything is packed: [T, W], no padding."""
 
-    def __init__(self, config: TextConfig, image_width: int, backend: str = "auto"):
-        super().__init__()
+    def __init__(self, config: TextConfig, image_width: int, backend: str = "auto", mlm_head: bool = True):
         if not 0 < config.fusion_layer < config.layers:
             raise ValueError(
                 f"model.text.fusion_layer {config.fusion_layer} must lie between 1 and layers - 1 = {config.layers - 1}"
             )
-        self.config = config
-        self.bert = BertModel(config, image_width, backend)
-        self.cls = nn.Module()
-        self.cls.predictions = PredictionHead(config)
-        self.checkpointing = False
-        self.apply(self._init)
+        text = [BertLayer(config, None, backend) for _ in range(config.fusion_layer)]
+        fusion = [BertLayer(config, image_width, backend) for _ in range(self.fusion_depth(config))]
+        super().__init__(config, text + fusion, mlm_head)
 
-    def _init(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+    @staticmethod
+    def fusion_depth(config: TextConfig) -> int:
+        return config.layers - config.fusion_layer
 
     @property
     def text_layers(self) -> nn.ModuleList:
@@ -170,52 +222,45 @@ class TextEncoder(nn.Module):
     def fusion_layers(self) -> nn.ModuleList:
         return self.bert.encoder.layer[self.config.fusion_layer :]
 
-    def _run(self, layer: nn.Module, *inputs) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
-
     def encode(self, input_ids: Tensor, position_ids: Tensor, spans: Spans) -> Tensor:
         """The text layers: [T] ids to [T, W] embeddings."""
-        if spans.max_length > self.config.max_positions:
-            raise ValueError(
-                f"a text of {spans.max_length} tokens does not fit model.text.max_positions = "
-                f"{self.config.max_positions}; lower data.max_tokens"
-            )
-        hidden = self.bert.embeddings(input_ids, position_ids)
+        hidden = self.embed(input_ids, position_ids, spans)
         for layer in self.text_layers:
-            hidden = self._run(layer, hidden, spans)
+            hidden = self.run(layer, hidden, spans)
         return hidden
 
     def project_image(self, image_embeds: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Spans]:
         """[I, S, Wv] to every fusion layer's keys and values [I * S, W], in one matrix product, and their spans."""
-        projections = [layer.crossattention.self for layer in self.fusion_layers]
-        linears = [linear for p in projections for linear in (p.key, p.value)]
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = torch.cat([linear.bias for linear in linears])
-        parts = F.linear(image_embeds.flatten(0, 1), weight, bias).chunk(len(linears), dim=-1)
         spans = Spans.equal(image_embeds.shape[0], image_embeds.shape[1], image_embeds.device)
-        return list(zip(parts[::2], parts[1::2], strict=True)), spans
+        return project_keys(self.fusion_layers, image_embeds.flatten(0, 1)), spans
 
-    def fuse(self, hidden: Tensor, plan: FusionPlan, image_embeds: Tensor, rows: Tensor) -> Tensor:
+    def fuse(self, hidden: Tensor, plan: FusionPlan, image_embeds: Tensor, rows: Tensor | None) -> Tensor:
         """The fusion layers.
 
         Args:
             hidden: [T, W] text embeddings, laid out as the plan says.
             image_embeds: [I, S, Wv].
-            rows: [R] int64, the rows whose result is wanted. The last layer computes these alone.
+            rows: [R] int64, the rows whose result is wanted. The last layer computes these alone. None: all.
 
         Returns:
             [R, W], in the order of `rows`.
         """
-        images, image_spans = self.project_image(image_embeds)
-        wanted = plan.select(rows)
-        last = len(images) - 1
-        for i, (layer, image) in enumerate(zip(self.fusion_layers, images, strict=True)):
-            only = wanted if i == last else None
-            hidden = self._run(layer, hidden, plan.spans, image, plan.groups, image_spans, only)
-        return hidden.index_select(0, wanted.place)
+        keys, spans = self.project_image(image_embeds)
+        return self.cross(self.fusion_layers, hidden, plan, keys, spans, rows)
 
-    def predict_tokens(self, hidden: Tensor) -> Tensor:
-        """MLM logits [P, V] of hidden states [P, W]."""
-        return self.cls.predictions(hidden, self.bert.embeddings.word_embeddings.weight)
+
+def project_keys(layers: Sequence[BertLayer], states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What cross-attention looks at, [K, Wk], to every layer's keys and values [K, W], in one matrix product."""
+    projections = [layer.crossattention.self for layer in layers]
+    linears = [linear for p in projections for linear in (p.key, p.value)]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    parts = F.linear(states, weight, bias).chunk(len(linears), dim=-1)
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

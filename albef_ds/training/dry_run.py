@@ -9,27 +9,48 @@ import deepspeed
 import torch
 
 from albef_ds.config import BatchPlan, Config
-from albef_ds.data.batch import MaskedTokens, PackedText, PretrainingBatch
+from albef_ds.data.batch import (
+    LabelledBatch,
+    Loaded,
+    MaskedTokens,
+    PackedText,
+    PairBatch,
+    PretrainingBatch,
+    QuestionBatch,
+)
 from albef_ds.data.tokenizer import CaptionTokenizer
 from albef_ds.training.flops import FlopCount
 
 GIB = 2**30
+ANSWERS, ANSWER_TOKENS = 4, 5
 
 
-def synthetic_batch(config: Config, size: int, mask_id: int, cls_id: int) -> PretrainingBatch:
+def synthetic_batch(config: Config, size: int, mask_id: int, cls_id: int) -> Loaded:
     """A micro-batch of the largest shape that the recipe allows: every text is max_tokens long."""
     generator = torch.Generator().manual_seed(0)
     pixels = config.model.vision.image_size
     length, vocabulary = config.data.max_tokens, config.model.text.vocab_size
-    ids = torch.randint(vocabulary, (size, length), generator=generator)
-    ids[:, 0] = cls_id
-    text = PackedText.from_lists(ids.tolist())
+
+    def texts(number: int) -> PackedText:
+        ids = torch.randint(vocabulary, (number, length), generator=generator)
+        ids[:, 0] = cls_id
+        return PackedText.from_lists(ids.tolist())
+
+    text = texts(size)
+    images = torch.randn(size * (2 if config.task == "nlvr" else 1), 3, pixels, pixels, generator=generator)
+    if config.task in ("entailment", "nlvr"):
+        return LabelledBatch(images, text, torch.zeros(size, dtype=torch.int64))
+    if config.task in ("retrieval", "grounding", "text_assignment"):
+        return PairBatch(images, text, torch.arange(size))
+    if config.task == "vqa":  # as many answers a question as its annotators may give, each short
+        ids = torch.randint(vocabulary, (ANSWERS * size, ANSWER_TOKENS), generator=generator)
+        weights = torch.full((ANSWERS * size,), 1 / ANSWERS)
+        return QuestionBatch.of(images, text, PackedText.from_lists(ids.tolist()), weights, [ANSWERS] * size)
     chosen = torch.rand(size, length, generator=generator) < config.data.mlm_probability
     chosen[:, 0] = False
     positions = chosen.flatten().nonzero().flatten()
     masked = text.input_ids.clone()
     masked[positions] = mask_id
-    images = torch.randn(size, 3, pixels, pixels, generator=generator)
     return PretrainingBatch(images, text, MaskedTokens(masked, positions, text.input_ids[positions]))
 
 
@@ -54,8 +75,8 @@ def describe(
     shown = ", ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
 
     student = sum(p.numel() for p in task.model.parameters())
-    teacher = sum(p.numel() for p in task.teacher.parameters())
-    queue = sum(b.numel() * b.element_size() for b in task.queue.buffers())
+    teacher = 0 if task.teacher is None else sum(p.numel() for p in task.teacher.parameters())
+    queue = sum(b.numel() * b.element_size() for b in task.buffers())
     # fp32 throughout: parameters and teacher whole on every rank; gradients, masters and two moments divided by ZeRO-2.
     divided = 4 * student / plan.world_size
     state = 4 * student + 4 * teacher + queue + 4 * divided

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from albef_ds.model.reference_weights import read_state_dict
+from albef_ds.model.weight_files import read_state_dict
 from albef_ds.training.optimizer import build_optimizer
 from benchmarks.reference import PaddedBatch, ReferenceALBEF
 from benchmarks.reference.model import random_masks

@@ -12,7 +12,7 @@ from albef_ds.data.dali_pipeline import dali_available
 from albef_ds.data.loader import TooManyRejectsError, build_loader
 from albef_ds.data.packing import PackSettings, pack
 from albef_ds.data.shard_format import ShardError
-from albef_ds.data.torch_loader import PretrainingLoader
+from albef_ds.data.torch_loader import TorchLoader
 from tests.training_run import metrics, run_training, write_recipe
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_without_dali_it_says_so_and_pillow_reads_the_same_shards(packed, tokeni
     monkeypatch.setattr(module, "dali_available", lambda: False)
     caplog.set_level(logging.INFO)
     loader = build(tokenizer, shards=(str(packed),))
-    assert isinstance(loader.loader, PretrainingLoader) and len(take(loader, 1)[0]) == 6
+    assert isinstance(loader.loader, TorchLoader) and len(take(loader, 1)[0]) == 6
     assert "DALI is not installed: images are decoded by Pillow" in caplog.text
     with pytest.raises(ConfigError, match=r"data.loader is dali: .*pip install"):
         build(tokenizer, shards=(str(packed),), loader="dali")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from albef_ds.data.batch import PackedText
-from albef_ds.evaluation.encoding import EvaluationError
+from albef_ds.evaluation.ahead import EvaluationError
 from albef_ds.evaluation.retrieval import RetrievalSet, evaluate_retrieval
 from tests.ranks import run_ranks
 

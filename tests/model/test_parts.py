@@ -52,11 +52,12 @@ def gather_on_a_rank():
 
     rank, _, _ = init_distributed()
     rows = torch.arange(6.0).view(3, 2) + 100 * rank
-    return gather_features(rows, -rows)
+    return gather_features(rows, -rows, torch.arange(3) + 10 * rank)
 
 
-def test_features_are_gathered_in_rank_order():
-    for images, texts in run_ranks(2, gather_on_a_rank):
+def test_features_and_ids_are_gathered_in_rank_order():
+    for images, texts, ids in run_ranks(2, gather_on_a_rank):
+        assert ids.tolist() == [0, 1, 2, 10, 11, 12]
         expected = torch.cat([torch.arange(6.0).view(3, 2), torch.arange(6.0).view(3, 2) + 100])
         assert torch.equal(images, expected)
         assert torch.equal(texts, -expected)

@@ -9,14 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from albef_ds.model.reference_weights import (
-    WeightsError,
-    load_bert,
-    load_reference,
-    load_timm,
-    read_state_dict,
-    to_reference,
-)
+from albef_ds.model.reference_weights import load_reference, to_reference
+from albef_ds.model.single_modality import load_bert, load_timm
+from albef_ds.model.weight_files import WeightsError, read_state_dict
 from albef_ds.tasks.pretraining import Pretraining
 from tests.golden_cases import GOLDEN, GoldenCase
 from tests.tiny import tiny_batch, tiny_model
