@@ -27,7 +27,14 @@ BACKGROUND_COLOURS = {"white": (240, 240, 240), "gray": (140, 140, 140), "black"
 BACKGROUND_KINDS = ("plain", "shaded", "striped", "noisy")
 OBJECT_COUNTS = {2: 0.7, 3: 0.25, 4: 0.05}
 
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# What questions and statements about scenes are made of besides names of colours, shapes and sizes. They are in the
+# vocabulary from the beginning, so that a model pre-trained on captions can be fine-tuned on them.
+TASK_WORDS = (
+    "what color shape size is are the how many there object objects circles squares triangles stars background yes no "
+    "0 1 2 3 4 left right of above below behind made wood paper glass metal was drawn by child artist will move soon "
+    "both images image contains contain exactly one in more than and a an"
+).split()
 _LONG = {"left of": "to the left of", "right of": "to the right of"}
 
 
@@ -177,9 +184,9 @@ def varied_caption(scene: Scene, rng: np.random.Generator) -> str:
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A true sentence that leaves most out: one object only, or all of them without sizes and relations."""
     if rng.random() < 0.5:
-        return _a(scene.objects[rng.integers(len(scene.objects))].words)
+        return with_article(scene.objects[rng.integers(len(scene.objects))].words)
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    return " and ".join(_a(f"{o.colour} {o.shape}") for o in objects)
+    return " and ".join(with_article(f"{o.colour} {o.shape}") for o in objects)
 
 
 def _named(scene: Scene, rng: np.random.Generator, long_relations: bool) -> str:
@@ -189,15 +196,16 @@ def _named(scene: Scene, rng: np.random.Generator, long_relations: bool) -> str:
     for a, b in pairs:
         relation = scene.relation(a, b)
         relation = _LONG.get(relation, relation) if long_relations else relation
-        parts.append(f"{_a(scene.objects[a].words)} {relation} {_a(scene.objects[b].words)}")
+        parts.append(f"{with_article(scene.objects[a].words)} {relation} {with_article(scene.objects[b].words)}")
     mentioned = {i for pair in pairs for i in pair}
-    rest = [_a(o.words) for i, o in enumerate(scene.objects) if i not in mentioned]
+    rest = [with_article(o.words) for i, o in enumerate(scene.objects) if i not in mentioned]
     return " and ".join(parts + rest)
 
 
 def _on_background(scene: Scene) -> str:
-    return f"on {_a(f'{scene.background_kind} {scene.background_colour}')} background"
+    return f"on {with_article(f'{scene.background_kind} {scene.background_colour}')} background"
 
 
-def _a(words: str) -> str:
+def with_article(words: str) -> str:
+    """`a red star` or `an orange star`."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

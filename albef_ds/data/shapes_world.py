@@ -5,13 +5,14 @@ What the demo trains on. Real JPEG files and the reference's JSON, so that it ta
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from PIL import Image, ImageDraw
 from albef_ds.data.shapes_scene import (
     BACKGROUND_COLOURS,
     COLOURS,
+    SHAPES,
+    SIZES,
+    TASK_WORDS,
     Scene,
     draw_scene,
     full_caption,
@@ -29,7 +33,10 @@ from albef_ds.data.shapes_scene import (
 )
 from albef_ds.data.tokenizer import train_wordpiece
 
-VERSION = 1  # of what the arguments mean; a change of scenes, captions or rendering raises it
+VERSION = 2  # of what the arguments mean; a change of scenes, captions, rendering or vocabulary raises it
+_DRAWS = (
+    1  # the version whose random numbers these are: 2 changed the vocabulary only, scenes and captions are the same
+)
 _TRAIN, _TEST = 0, 1
 _OVERSAMPLE = 4  # masks are drawn this much larger and reduced: smooth edges
 
@@ -42,7 +49,7 @@ class ShapesWorld:
     train: Path  # pre-training JSON, image paths relative to it
     test: Path  # retrieval JSON for evaluation, one caption an image
     scenes: Path  # JSON Lines: image, split, captions, which of them are noise, and the scene
-    vocab: Path  # WordPiece vocabulary of the captions
+    vocab: Path  # WordPiece vocabulary of the captions and of the tasks derived from the scenes
     meta: Path  # the arguments; written last
 
     @classmethod
@@ -81,7 +88,7 @@ def write_shapes_world(
     noise: float = 0.1,
     size: int = 96,
     captions_per_image: int = 2,
-    vocab_size: int = 256,
+    vocab_size: int = 384,
 ) -> ShapesWorld:
     """Writes a data set of `images` training pictures and `test_images` test pictures, `size` pixels wide and high.
 
@@ -96,20 +103,29 @@ def write_shapes_world(
     world = ShapesWorld.at(out)
     if _is_written(world, arguments):
         return world
-    world.root.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may want the same data set at once: each writes its own, the first to finish gives its name.
-    temporary = world.root.parent / f".{world.root.name}.{uuid.uuid4().hex[:8]}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(world.root, lambda: _is_written(world, arguments)) as temporary:
         _write(ShapesWorld.at(temporary), arguments)
+    return world
+
+
+@contextlib.contextmanager
+def whole_folder(root: Path, is_written: Callable[[], bool]) -> Iterator[Path]:
+    """Yields the path of a folder to make and fill; at the end it becomes `root`, or vanishes where an error is raised.
+
+    Several processes may want the same folder at once: each writes its own, the first to finish gives its name, and
+    for the others `is_written` says whether that one is as good.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = root.parent / f".{root.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        yield temporary
         try:
-            os.rename(temporary, world.root)
+            os.rename(temporary, root)
         except OSError:
-            if not _is_written(world, arguments):
+            if not is_written():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return world
 
 
 def _is_written(world: ShapesWorld, arguments: _Arguments) -> bool:
@@ -144,20 +160,21 @@ def _write(world: ShapesWorld, arguments: _Arguments) -> None:
                 entries[split].append({"image": image, "caption": texts})
                 record = {"image": image, "split": split, "captions": texts, "noise": [noisy for _, noisy in said]}
                 scenes_file.write(json.dumps({**record, "scene": scene.to_dict()}) + "\n")
-    _write_list(world.train, entries["train"])
-    _write_list(world.test, entries["test"])
+    write_list(world.train, entries["train"])
+    write_list(world.test, entries["test"])
     said = [text for captions in (*train_captions, *test_captions) for text, _ in captions]
-    train_wordpiece(said, arguments.vocab_size, world.vocab)
+    words = [*TASK_WORDS, *COLOURS, *SHAPES, *SIZES, *BACKGROUND_COLOURS]
+    train_wordpiece([*said, *words], arguments.vocab_size, world.vocab)
     world.meta.write_text(json.dumps(asdict(arguments), indent=1) + "\n", encoding="utf-8")
 
 
-def _write_list(path: Path, entries: list[dict]) -> None:
+def write_list(path: Path, entries: list[dict]) -> None:
     """A JSON list with an entry a line: readable with `head`."""
     path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")
 
 
 def _rng(arguments: _Arguments, *stream: int) -> np.random.Generator:
-    return np.random.default_rng((arguments.version, arguments.seed, *stream))
+    return np.random.default_rng((_DRAWS, arguments.seed, *stream))
 
 
 def _test_scenes(arguments: _Arguments) -> Iterator[Scene]:
