@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint format gpu install clean
+.PHONY: demo downstream test lint format gpu install clean
 
 demo: $(VENV)/.installed
 	$(PY) -m albef_ds demo
+
+# Every fine-tuning task on Shapes World, from the demo's weights and from scratch.
+downstream: $(VENV)/.installed
+	test -f runs/demo/albef.pth || $(PY) -m albef_ds demo
+	$(PY) -m albef_ds downstream
 
 test: $(VENV)/.installed
 	$(PY) -m pytest

@@ -55,6 +55,7 @@ setup(
             "scipy",
             "numpy<2.4",  # Triton 3.6's interpreter, which runs the kernel tests on a CPU, fails with numpy 2.4
             "webdataset",  # the loader benchmark's rival
+            "torchmetrics>=1.4",  # retrieval recall is compared with it
             "scikit-image",  # photographs for tests and benchmarks
         ],
     },

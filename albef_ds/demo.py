@@ -27,14 +27,18 @@ def demo(output: Path, ranks: int | None = None, overrides: Sequence[str] = ()) 
     pack([world.train], shards, PackSettings(samples_per_shard=500))
     print(f"data: {IMAGES} training and {TEST_IMAGES} test images, {time.perf_counter() - started:.0f} s")
     paths = [f"data.shards=[{shards}]", f"data.test={world.test}", f"data.tokenizer={world.vocab}"]
-    settings = [f"output_dir={output}", *paths, f"train.deepspeed={machine()}", *overrides]
-    ranks = ranks or torch.cuda.device_count() or CPU_RANKS
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-    command = [*deepspeed, "--module", "albef_ds.train", "demo", *settings]
-    status = subprocess.run(command, env=environment(ranks)).returncode
+    status = launch("demo", [f"output_dir={output}", *paths, *overrides], ranks)
     if status == 0:
         print(summary(output, time.perf_counter() - started))
     return status
+
+
+def launch(recipe: str, settings: Sequence[str], ranks: int | None = None) -> int:
+    """Trains a recipe under the deepspeed launcher, on the GPUs there are or on the CPU; returns its exit status."""
+    ranks = ranks or torch.cuda.device_count() or CPU_RANKS
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    command = [*deepspeed, "--module", "albef_ds.train", recipe, f"train.deepspeed={machine()}", *settings]
+    return subprocess.run(command, env=environment(ranks)).returncode
 
 
 def machine() -> str:

@@ -1,0 +1,67 @@
+"""Evaluates trained weights on the test set of a recipe, in one process or under the deepspeed launcher.
+
+    python -m albef_ds evaluate RECIPE.yaml WEIGHTS.pth [key.sub=value ...] [--out FOLDER]
+    deepspeed --module albef_ds.evaluate RECIPE.yaml WEIGHTS.pth [key.sub=value ...] [--out FOLDER]
+
+WEIGHTS is a checkpoint in the reference's form, such as RUN/albef.pth. The numbers are the same on any number of ranks.
+FOLDER gets summary.json, what the model said of each sample (results.json), and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from albef_ds.config import load_config
+from albef_ds.data.files import write_atomically
+from albef_ds.train import USER_ERRORS, build_task, with_vocabulary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="albef_ds.evaluate", description="Evaluates trained weights.")
+    add_arguments(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return run(args)
+    except USER_ERRORS as error:
+        print(f"albef_ds: {error}", file=sys.stderr)
+        return 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe in albef_ds/configs")
+    parser.add_argument("weights", type=Path, help="a checkpoint in the reference's form, e.g. RUN/albef.pth")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--out", type=Path, help="folder for the numbers, the answers and the report")
+
+
+def run(args: argparse.Namespace) -> int:
+    from albef_ds.data.tokenizer import load_tokenizer
+    from albef_ds.evaluation.recipe import evaluate_recipe
+    from albef_ds.training.engine import init_distributed
+
+    config = load_config(args.recipe, [*args.overrides, f"model.weights={args.weights}"])
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
+    config = with_vocabulary(config, tokenizer.vocab_size)
+    rank, _, device = init_distributed()
+    model = build_task(config).model.to(device)
+    if args.out is not None and rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out / "config.yaml", config.to_yaml())
+    result = evaluate_recipe(model, config, tokenizer, device, out=args.out)
+    if rank == 0:
+        print(json.dumps(result.metrics, indent=1))
+        if args.out is not None:
+            from albef_ds.training.report import write_report
+
+            write_atomically(args.out / "summary.json", json.dumps({result.name: result.metrics}, indent=1))
+            print(f"report: {write_report(args.out, samples=result.examples)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
