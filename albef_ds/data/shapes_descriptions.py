@@ -51,8 +51,8 @@ def unambiguous(scene: Scene, attribute_sets: Sequence[Sequence[str]]) -> list[t
 def draw_description(scene: Scene, true: bool, rng: np.random.Generator) -> Description:
     """Colour and shape, at times size: of an object that is there, or one attribute away from such an object.
 
-    One that is not true fits no object. True and false ones are worded alike: size is named only where the scene has both, and
-    each is then named equally often; colours and shapes are alike by the scenes' symmetry.
+    One that is not true fits no object. Both are worded alike: size is named only where the scene has both, and each is
+    then named equally often; colours and shapes are alike by the scenes' symmetry.
     """
     sized = len({o.size for o in scene.objects}) == 2 and rng.random() < 0.5
     names = ("size", "colour", "shape") if sized else ("colour", "shape")

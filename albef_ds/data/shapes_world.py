@@ -34,9 +34,7 @@ from albef_ds.data.shapes_scene import (
 from albef_ds.data.tokenizer import train_wordpiece
 
 VERSION = 2  # of what the arguments mean; a change of scenes, captions, rendering or vocabulary raises it
-_DRAWS = (
-    1  # the version whose random numbers these are: 2 changed the vocabulary only, scenes and captions are the same
-)
+_DRAWS = 1  # the version whose random numbers these are: 2 changed the vocabulary, but no scene and no caption
 _TRAIN, _TEST = 0, 1
 _OVERSAMPLE = 4  # masks are drawn this much larger and reduced: smooth edges
 

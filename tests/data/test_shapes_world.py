@@ -9,7 +9,18 @@ import pytest
 
 from albef_ds.data.annotations import read_pairs
 from albef_ds.data.images import decode_image
-from albef_ds.data.shapes_scene import COLOURS, Scene, SceneObject, draw_scene, full_caption, varied_caption
+from albef_ds.data.shapes_scene import (
+    BACKGROUND_COLOURS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TASK_WORDS,
+    Scene,
+    SceneObject,
+    draw_scene,
+    full_caption,
+    varied_caption,
+)
 from albef_ds.data.shapes_world import render, write_shapes_world
 from albef_ds.data.tokenizer import load_tokenizer
 
@@ -192,7 +203,15 @@ def test_test_scenes_are_new_and_told_apart_by_their_captions(tmp_path):
 
 def test_the_vocabulary_knows_every_word_whole(world):
     tokenizer = load_tokenizer(world.vocab)
-    assert tokenizer.vocab_size <= 256
+    assert tokenizer.vocab_size <= 384
     for annotation in read_pairs(world.test):
         [ids] = tokenizer.encode(annotation.captions, 99)
         assert tokenizer.unk_id not in ids and len(ids) == 1 + len(annotation.captions[0].split())
+
+
+def test_the_vocabulary_of_the_smallest_world_knows_the_words_of_the_tasks(tmp_path):
+    world = write_shapes_world(tmp_path / "a", images=1, test_images=1, size=32)
+    tokenizer = load_tokenizer(world.vocab)
+    for word in (*TASK_WORDS, *COLOURS, *BACKGROUND_COLOURS, *SHAPES, *SIZES):
+        [ids] = tokenizer.encode([word], 99)
+        assert len(ids) == 2 and tokenizer.unk_id not in ids, word
