@@ -6,13 +6,13 @@ what follows is quicker elsewhere (`dali`). The bytes are handed in, not read by
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from albef_ds import optional
 
 MISSING = (
     "NVIDIA DALI is not installed; install it with pip install 'albef_ds[dali]' (on CUDA 12: 'albef_ds[dali-cuda12]'), "
@@ -24,9 +24,8 @@ class DecodingFailed(RuntimeError):
     """DALI gave up on one of the batches on their way; the decoder cannot be used any more."""
 
 
-@functools.cache
 def dali_available() -> bool:
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    return optional.find("dali").available
 
 
 class DaliDecoder:

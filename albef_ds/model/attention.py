@@ -1,4 +1,5 @@
-"""One attention function for every layer of the model; flash-attn, torch's SDPA and plain arithmetic stand behind it.
+"""One attention function for every layer of the model; flash-attn, torch's own kernels and plain arithmetic stand
+behind it.
 
 Sequences come packed: N runs of rows, one after another, described by a `Spans`. A query run attends to the key run of
 the same number, so cross-attention of several texts to one image is one long query run over that image's keys, which
@@ -7,7 +8,6 @@ are read where they lie.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from dataclasses import dataclass
@@ -16,8 +16,13 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("auto", "flash", "sdpa", "eager")
+from albef_ds import optional
+
+BACKENDS = ("auto", "flash", "varlen", "efficient", "sdpa", "eager")
+PACKED = ("flash", "varlen")  # read the rows as they lie; the others pad them first
+ON_A_GPU = ("flash", "varlen", "efficient", "eager")  # what `auto` tries, in this order
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,13 @@ class Spans:
         places = torch.arange(self.max_length, device=self.cu_seqlens.device)
         return places[None, :] < self.lengths[:, None]
 
+    def same_runs(self, other: Spans) -> bool:
+        """Whether both have the same runs; on a GPU, where a look would wait for it, judged by the host's numbers."""
+        if self is other:
+            return True
+        mine, theirs = ((s.num, s.max_length, s.num_rows) for s in (self, other))
+        return mine == theirs and (self.cu_seqlens.is_cuda or torch.equal(self.cu_seqlens, other.cu_seqlens))
+
     def pad(self, rows: Tensor) -> Tensor:
         """[T, ...] to [N, max_length, ...], zeros where there is no row."""
         if self.regular:
@@ -82,76 +94,140 @@ class Spans:
         return rows if self.regular else rows.index_select(0, self.slots)
 
 
-@lru_cache(maxsize=1)
-def flash_attn_available() -> bool:
-    """Whether flash-attn 2 and a GPU to run it on are here; the one place that detects it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-
-
-@lru_cache(maxsize=16)
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
+@lru_cache(maxsize=64)
+def resolve_backend(
+    name: str, device_type: str, dtype: torch.dtype, dropout: bool = False, head_dim: int | None = None
+) -> str:
     """Picks the backend once for a kind of input and says so once.
 
+    Args:
+        dropout: whether probabilities are dropped out.
+        head_dim: None: one that all backends know.
+
     Raises:
-        ValueError: the name is unknown, or flash-attn is asked for where it cannot run.
+        ValueError: the name is unknown, or the backend is asked for where it cannot run; says why.
     """
     if name not in BACKENDS:
         raise ValueError(f"model.attention: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    half = dtype in (torch.float16, torch.bfloat16)
-    flash_runs = device_type == "cuda" and half and flash_attn_available()
-    if name == "flash" and not flash_runs:
+    kind, passed_over = (device_type, dtype, dropout, head_dim), ""
+    if name == "auto":
+        for name in ON_A_GPU if device_type == "cuda" else ("sdpa",):
+            if not (why := obstacle(name, *kind)):
+                break
+            passed_over += f"; {name} {why}"
+    elif why := obstacle(name, *kind):
         raise ValueError(
-            "model.attention: flash needs a CUDA device, bf16 or fp16 arithmetic and the flash-attn package "
-            f"(pip install 'albef_ds[flash]'); here: {device_type}, {dtype}. Use attention: auto"
+            f"model.attention: {name} {why}; here: {device_type}, {_short(dtype)}, heads of {head_dim or 'any'} "
+            f"numbers, dropout {'on' if dropout else 'off'}. Use attention: auto"
         )
-    chosen = ("flash" if flash_runs else "sdpa") if name == "auto" else name
-    log.info("attention on %s in %s: %s", device_type, str(dtype).removeprefix("torch."), chosen)
-    return chosen
+    _say_once(f"attention on {device_type} in {_short(dtype)}{' with dropout' if dropout else ''}: {name}{passed_over}")
+    return name
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans, dropout_p=0.0, backend="auto") -> Tensor:
+def obstacle(backend: str, device_type: str, dtype: torch.dtype, dropout: bool, head_dim: int | None) -> str | None:
+    """Why a backend cannot compute this kind of input; None: it can."""
+    if backend in ("sdpa", "eager"):
+        return None
+    if device_type != "cuda":
+        return "needs a CUDA device"
+    if backend != "flash" and (head_dim or 0) % 8:  # flash-attn pads the heads itself
+        return "needs heads of a multiple of 8 numbers"
+    if backend == "efficient":
+        return None if dtype in (torch.float32, torch.float16, torch.bfloat16) else "needs fp32, bf16 or fp16"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "needs bf16 or fp16 arithmetic"
+    if (head_dim or 0) > 256:
+        return "needs heads of at most 256 numbers"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 (Ampere) or later"
+    if backend == "varlen":
+        return "knows no dropout" if dropout else _missing("varlen")
+    if why := _missing("flash-attn"):
+        return why
+    try:  # a build for another torch or CUDA is there, and fails
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:
+        return f"cannot be imported ({error})"
+    return None
+
+
+def _missing(package: str) -> str | None:
+    found = optional.find(package)
+    return None if found.available else f"is not available: {found.reason}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    log.info(line)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans, dropout_p=0.0, backend="auto", causal=False
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each pair of runs; dropout on the probabilities.
 
     Args:
         q: [Tq, H, d]; k, v: [Tk, H, d]. The last dimension must be contiguous.
         q_spans, k_spans: N runs each; run i of q attends to all of run i of k.
         backend: one of BACKENDS.
+        causal: row j of a run attends to rows 0 to j of it. For self-attention: both spans must be the same runs.
 
     Returns:
         [Tq, H, d]
     """
     if q_spans.num != k_spans.num:
         raise ValueError(f"attention needs as many query runs as key runs, got {q_spans.num} and {k_spans.num}")
-    backend = resolve_backend(backend, q.device.type, q.dtype)
-    if backend == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            q_spans.cu_seqlens,
-            k_spans.cu_seqlens,
-            q_spans.max_length,
-            k_spans.max_length,
-            dropout_p=dropout_p,
-        )
+    if causal and not q_spans.same_runs(k_spans):
+        raise ValueError("causal attention is self-attention: query and key runs must be the same, these differ")
+    backend = resolve_backend(backend, q.device.type, q.dtype, dropout_p > 0, q.shape[-1])
+    if backend in PACKED:
+        return packed_attention(backend, q, k, v, q_spans, k_spans, dropout_p, causal)
     dtype = q.dtype
     if q.device.type == "cpu" and dtype != torch.float64:
         # The CPU's attention kernel takes five times as long backward in bf16 as in fp32 (ds_configs/README.md).
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (spans.pad(x).transpose(1, 2) for spans, x in ((q_spans, q), (k_spans, k), (k_spans, v)))
-    mask = None if k_spans.regular else k_spans.mask[:, None, None, :]
-    attend = F.scaled_dot_product_attention if backend == "sdpa" else eager_attention
+    # Padding stands behind its run: no row that counts looks that far where attention is causal.
+    mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
     with torch.autocast(q.device.type, enabled=False):  # which would cast the operands back
-        out = attend(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        out = PADDED[backend](q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return q_spans.unpad(out.transpose(1, 2)).to(dtype)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
+    """flash-attn's kernel, or torch's own copy of it; both take packed rows as they are."""
+    bounds = (q_spans.cu_seqlens, k_spans.cu_seqlens, q_spans.max_length, k_spans.max_length)
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        same_bits = torch.are_deterministic_algorithms_enabled()  # flash-attn does not ask for itself
+        return flash_attn_varlen_func(q, k, v, *bounds, dropout_p=dropout_p, causal=causal, deterministic=same_bits)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """torch's memory-efficient kernel alone: it takes a padding mask and dropout, and keeps no [L, L] scores."""
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
     """The definition, [N, H, L, d], softmax in fp32 at least: what the other backends are tested against."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return F.dropout(probabilities, dropout_p) @ v
+
+
+PADDED = {"sdpa": F.scaled_dot_product_attention, "efficient": efficient_attention, "eager": eager_attention}

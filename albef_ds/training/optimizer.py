@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from albef_ds.config import OptimizerConfig
+from albef_ds import optional
+from albef_ds.config import ConfigError, OptimizerConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -24,7 +25,30 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """PyTorch's AdamW, fused: one pass over parameter, gradient and moments, on the GPU as on the CPU."""
+def build_optimizer(module: nn.Module, config: OptimizerConfig, fused: str = "torch") -> torch.optim.Optimizer:
+    """AdamW, one pass over parameter, gradient and moments: PyTorch's, on the GPU as on the CPU, or NVIDIA apex's.
+
+    Args:
+        fused: "torch", or "apex" (`optimizer.fused`), which is never chosen by itself and has not been measured.
+
+    Raises:
+        ConfigError: apex is asked for where it is not usable; says why.
+    """
     groups = parameter_groups(module, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if fused == "apex":
+        return _apex_adam()(groups, adam_w_mode=True, **options)
+    if fused != "torch":
+        raise ConfigError(f"optimizer.fused: expected torch or apex, got {fused!r}")
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _apex_adam() -> type[torch.optim.Optimizer]:
+    found = optional.find("apex")
+    if not found.available:
+        raise ConfigError(f"optimizer.fused is apex: {found.reason}; or set optimizer.fused=torch")
+    if not torch.cuda.is_available():
+        raise ConfigError("optimizer.fused is apex, which runs on a GPU only, and there is none: set it to torch")
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam

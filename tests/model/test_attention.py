@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import sys
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from albef_ds import optional
+from albef_ds.model import attention as module
 from albef_ds.model.attention import Spans, attention, resolve_backend
+
+# Of each element, by dtype: fp32 differs by the order of sums, bf16 keeps 8 bits of operands and probabilities.
+CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
+RAGGED = [1, 2, 197, 577, 25]
 
 
 def spans_of(lengths: list[int]) -> Spans:
@@ -15,12 +26,15 @@ def spans_of(lengths: list[int]) -> Spans:
     return Spans(cu_seqlens, max(lengths), sum(lengths))
 
 
-def by_hand(q, k, v, q_lengths, k_lengths):
+def by_hand(q, k, v, q_lengths, k_lengths, causal=False):
     """Run by run, straight from the definition, in fp64."""
     out, q0, k0 = [], 0, 0
     for nq, nk in zip(q_lengths, k_lengths, strict=True):
         qi, ki, vi = (t.double().transpose(0, 1) for t in (q[q0 : q0 + nq], k[k0 : k0 + nk], v[k0 : k0 + nk]))
-        out.append(((qi @ ki.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ vi).transpose(0, 1))
+        scores = qi @ ki.transpose(1, 2) / q.shape[-1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.arange(nk) > torch.arange(nq)[:, None], -torch.inf)
+        out.append((scores.softmax(-1) @ vi).transpose(0, 1))
         q0, k0 = q0 + nq, k0 + nk
     return torch.cat(out)
 
@@ -48,6 +62,29 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5, 6, 7], [5, 0, 1, 5], [4, 4], [197, 2, 1]])
+def test_causal_attention_sees_no_later_row(lengths, backend):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), 2, 8, requires_grad=True) for _ in range(3))
+    spans = spans_of(lengths)
+    out = attention(q, k, v, spans, spans_of(lengths), backend=backend, causal=True)
+    expected = by_hand(q, k, v, lengths, lengths, causal=True)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k_lengths", [[3, 3], [2, 4], [4, 2, 1]])
+def test_causal_attention_to_other_runs_is_refused(k_lengths):
+    q, k = torch.randn(6, 1, 8), torch.randn(sum(k_lengths), 1, 8)
+    with pytest.raises(ValueError, match="runs"):
+        attention(q, k, k, spans_of([4, 2]), spans_of(k_lengths), causal=True)
 
 
 @pytest.mark.parametrize("length", [1, 2, 65, 197, 577])
@@ -81,11 +118,180 @@ def test_dropout_keeps_the_mean_and_can_be_seeded(backend):
     assert torch.equal(attention(q, k, v, spans, spans, 0.5, backend), dropped[0])
 
 
-def test_unknown_and_impossible_backends_are_named():
-    with pytest.raises(ValueError, match="unknown backend 'fast'"):
-        resolve_backend("fast", "cpu", torch.float32)
-    with pytest.raises(ValueError, match="needs a CUDA device"):
-        resolve_backend("flash", "cpu", torch.bfloat16)
+def with_gradients(backend, lengths, device, dtype, causal=False, k_lengths=None):
+    """Output and gradients of one backend, fp32, on the CPU; the same operands for every backend."""
+    generator = torch.Generator().manual_seed(0)
+    k_lengths = k_lengths or lengths
+    shapes = [(sum(n), 2, 64) for n in (lengths, k_lengths, k_lengths)]
+    q, k, v = (torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
+    weight = torch.randn(shapes[0], generator=generator).to(device, dtype)
+    spans = [spans_of(n) for n in (lengths, k_lengths)]
+    spans = [Spans(s.cu_seqlens.to(device), s.max_length, s.num_rows) for s in spans]
+    out = attention(q, k, v, *spans, backend=backend, causal=causal)
+    return [t.float().cpu() for t in (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))]
+
+
+def same(backend, device, dtype, **options):
+    for found, wanted in zip(
+        with_gradients(backend, RAGGED, device, dtype, **options),
+        with_gradients("eager", RAGGED, device, dtype, **options),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, **CLOSE[dtype])
+
+
+CASES = [dict(causal=False), dict(causal=True), dict(k_lengths=[577, 3, 1, 197, 30])]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["self", "causal", "cross"])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_on_the_cpu_sdpa_equals_eager(dtype, case):
+    same("sdpa", "cpu", dtype, **case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=["self", "causal", "cross"])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("backend", ["flash", "varlen", "efficient", "sdpa"])
+def test_on_a_gpu_every_backend_equals_eager(backend, dtype, case):
+    if why := module.obstacle(backend, "cuda", dtype, False, 64):
+        pytest.skip(f"{backend} {why}")
+    same(backend, "cuda", dtype, **case)
+
+
+# -- the choice, without a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A make-believe GPU with the packages named: enough to choose a backend, not to run one."""
+
+    def pretend(*packages: str, capability=(8, 0)):
+        resolve_backend.cache_clear()
+        module._say_once.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(
+            optional, "find", lambda name: optional.Presence(name in packages, None, "not installed (pip install it)")
+        )
+        flash = types.ModuleType("flash_attn")
+        flash.flash_attn_varlen_func = None
+        monkeypatch.setitem(sys.modules, "flash_attn", flash)
+
+    yield pretend
+    resolve_backend.cache_clear()
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "packages, capability, dtype, dropout, head_dim, chosen",
+    [
+        (("flash-attn", "varlen"), (8, 0), BF16, True, 64, "flash"),
+        (("flash-attn", "varlen"), (8, 0), BF16, False, 12, "flash"),
+        (("flash-attn", "varlen"), (8, 0), FP32, False, 64, "efficient"),
+        (("flash-attn", "varlen"), (7, 5), BF16, False, 64, "efficient"),
+        (("flash-attn", "varlen"), (9, 0), BF16, False, 264, "efficient"),
+        (("varlen",), (9, 0), BF16, False, 64, "varlen"),
+        (("varlen",), (9, 0), BF16, True, 64, "efficient"),
+        (("varlen",), (9, 0), BF16, False, 12, "eager"),
+        ((), (9, 0), BF16, False, 64, "efficient"),
+        ((), (9, 0), torch.float64, False, 64, "eager"),
+    ],
+)
+def test_on_a_gpu_the_first_that_can_is_taken(gpu, packages, capability, dtype, dropout, head_dim, chosen):
+    gpu(*packages, capability=capability)
+    assert resolve_backend("auto", "cuda", dtype, dropout, head_dim) == chosen
+
+
+def test_the_choice_is_said_once_with_what_was_passed_over(gpu, caplog):
+    gpu("varlen")
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        for head_dim in (64, 64, 32):
+            resolve_backend("auto", "cuda", BF16, False, head_dim)
+    [line] = caplog.messages
+    assert line.startswith("attention on cuda in bfloat16: varlen; flash is not available: not installed")
+
+
+@pytest.mark.parametrize(
+    "name, kind, why",
+    [
+        ("fast", ("cpu", FP32), "unknown backend 'fast'"),
+        ("flash", ("cpu", BF16), "flash needs a CUDA device"),
+        ("varlen", ("cpu", BF16), "varlen needs a CUDA device"),
+        ("efficient", ("cpu", FP32), "efficient needs a CUDA device"),
+        ("flash", ("cuda", FP32), "needs bf16 or fp16 arithmetic; here: cuda, float32"),
+        ("flash", ("cuda", BF16), "flash is not available: not installed"),
+        ("varlen", ("cuda", BF16, True), "varlen knows no dropout"),
+        ("varlen", ("cuda", BF16, False, 20), "multiple of 8 numbers; here: .*heads of 20"),
+        ("efficient", ("cuda", torch.float64), "needs fp32, bf16 or fp16"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(gpu, name, kind, why):
+    gpu("varlen")
+    with pytest.raises(ValueError, match=f"model.attention: .*{why}"):
+        resolve_backend(name, *kind)
+
+
+def test_a_flash_attn_that_fails_to_import_is_passed_over(gpu, monkeypatch):
+    gpu("flash-attn", "varlen")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    assert resolve_backend("auto", "cuda", BF16) == "varlen"
+    with pytest.raises(ValueError, match="flash cannot be imported"):
+        resolve_backend("flash", "cuda", BF16)
+
+
+def flash_attn_varlen_func(  # the head of flash-attn 2's function
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["flash", "varlen"])
+def test_packed_kernels_are_given_their_arguments_by_the_right_names(backend, causal, monkeypatch):
+    """A stand-in with the kernel's own signature computes from the arguments as they arrive by name."""
+    if backend == "flash":
+        home, real = types.ModuleType("flash_attn"), flash_attn_varlen_func
+        monkeypatch.setitem(sys.modules, "flash_attn", home)
+    else:
+        home = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+        real = home.varlen_attn
+    signature = inspect.signature(real)
+
+    def stand_in(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        q, k, v, cu_q, cu_k, max_q, max_k = list(bound.arguments.values())[:7]
+        names = [name.replace("seqlens", "seq").replace("seqlen", "") for name in list(bound.arguments)[3:7]]
+        assert [name.replace("__", "_") for name in names] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+        given = bound.arguments
+        assert backend == "varlen" or given["deterministic"] == torch.are_deterministic_algorithms_enabled()
+        down = given["causal"] if backend == "flash" else {(-1, -1): False, (-1, 0): True}[given["window_size"]]
+        return by_hand(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), down).to(q.dtype)
+
+    monkeypatch.setattr(home, real.__name__, stand_in, raising=False)
+    monkeypatch.setattr(module, "resolve_backend", lambda name, *_: name)
+    q_lengths, k_lengths = [3, 1, 7], [3, 1, 7] if causal else [2, 9, 4]
+    q, k, v = (torch.randn(sum(n), 2, 8) for n in (q_lengths, k_lengths, k_lengths))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: causal)  # both ways, one with each
+    out = attention(q, k, v, spans_of(q_lengths), spans_of(k_lengths), backend=backend, causal=causal)
+    torch.testing.assert_close(out, by_hand(q, k, v, q_lengths, k_lengths, causal).float())
 
 
 def test_differing_numbers_of_runs_are_refused():
