@@ -68,6 +68,9 @@ def downstream(
             rows.append(_row(task, start, folder, time.perf_counter() - began))
             print(f"{task:10} {start:10} {rows[-1]['score']:5.1f} {MEASURES[task].label}, {rows[-1]['seconds']:.0f} s")
     write_atomically(output / "downstream.json", json.dumps(rows, indent=1))
+    from albef_ds.training.downstream_report import write_downstream_report  # loads matplotlib: only where it is used
+
+    print(f"report: {write_downstream_report(output)}")
     return 0
 
 

@@ -88,7 +88,12 @@ def _curve(lines: Sequence[Mapping], key: str, section: str | None = None) -> li
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond floating point
+        return False
 
 
 def _losses_in_order(names: set[str]) -> list[str]:

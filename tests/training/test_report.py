@@ -5,7 +5,6 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from albef_ds.evaluation.retrieval import FoundCaption, RetrievalExample
 from albef_ds.training.curves import MOST_POINTS, panels
 from albef_ds.training.monitor import Monitor
 from albef_ds.training.report import write_report
+from tests.training.html_page import Page
 
 ATTACK = '<script>alert("x")</script>&<img src=x onerror=y>'
 METRICS = {
@@ -22,31 +22,6 @@ METRICS = {
     "itm": {"tr@1": 81.7, "tr@5": 97.0, "tr@10": 100.0, "ir@1": 82.9, "ir@5": 96.0, "ir@10": 99.5, "mean": 92.8},
     **{"images": 256, "texts": 257, "k_test": 64},
 }
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails on tags that are not closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts, self.open = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data.strip())
-
-    @property
-    def images(self):
-        return [attrs["src"].split(",", 1) for tag, attrs in self.tags if tag == "img"]
 
 
 @pytest.fixture
@@ -142,6 +117,35 @@ def test_a_report_made_again_remembers_its_test_images(run, samples):
     assert write_report(run).read_text() == first
     (run / "examples.json").write_text('[{"image": 3}]')
     assert "No test images" in write_report(run).read_text()
+
+
+def test_examples_remembered_before_there_were_two_kinds_are_still_read(run, samples):
+    first = write_report(run, samples=samples).read_text()
+    entries = json.loads((run / "examples.json").read_text())
+    assert [entry.pop("kind") for entry in entries] == ["retrieval"]
+    (run / "examples.json").write_text(json.dumps(entries))
+    assert write_report(run).read_text() == first
+
+
+def test_one_damaged_example_does_not_take_the_others_with_it(run, samples):
+    (run / "metrics.jsonl").unlink()  # curves take their time
+    write_report(run, samples=samples)
+    entries = json.loads((run / "examples.json").read_text())
+    (run / "examples.json").write_text(json.dumps([{"kind": "a new one"}, 7, *entries]))
+    text = " ".join(Page(write_report(run).read_text()).texts)
+    assert "examples.json: 2 of 3 test images cannot be read" in text and "a red box" in text
+    for broken in ("{", '{"a": 1}', "[" * 100_000):
+        (run / "examples.json").write_text(broken)
+        assert "examples.json cannot be read" in write_report(run).read_text()
+
+
+def test_numbers_that_are_none_are_left_out_of_the_headline(run):
+    strange = {"steps": "many", "seconds": math.inf, "samples_per_s": math.nan, "mfu": True, "memory_gib": 10**400}
+    (run / "summary.json").write_text(json.dumps(strange | {"retrieval": 3}))
+    html = write_report(run).read_text()
+    assert 'no mapping under "retrieval"' in html.replace("&quot;", '"')
+    headline = html[html.index('class="tiles"') : html.index("</section>")]
+    assert "total loss" in headline and not {"nan", "inf", "time", "memory"} & set(re.findall(r"\w+", headline))
 
 
 def test_captions_that_are_no_valid_text_do_not_stop_it(run, samples):
