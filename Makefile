@@ -16,6 +16,10 @@ downstream: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PY) -m pytest
 
+# Faults in real processes, the slow tests included: about half an hour.
+test-reliability: $(VENV)/.installed
+	$(PY) -m pytest tests/reliability -m ""
+
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -23,6 +23,7 @@ RUNTIME = [
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 PARQUET = ["pyarrow>=15"]
 REMOTE = ["fsspec[http]>=2024.2"]
+PAGE = ["gradio>=6.31,<7"]  # gradio 6.31 wants Pillow older than 13
 
 setup(
     name="albef_ds",
@@ -42,11 +43,14 @@ setup(
         "dali-cuda12": [DALI[0].replace("cuda130", "cuda120")],
         "flash": ["flash-attn>=2.7"],
         "parquet": PARQUET,  # Parquet lists for `albef_ds data pack`
+        "page": PAGE,  # `albef_ds serve`
         "remote": REMOTE,  # shards from URLs; s3:// also needs s3fs
         "dev": [
             *DALI,
             *PARQUET,
             *REMOTE,
+            *PAGE,
+            "playwright>=1.50",  # drives a browser in tests/inference/test_page.py
             "pytest>=8",
             "pytest-timeout",
             "hypothesis>=6.100",

@@ -1,9 +1,8 @@
-"""The command line: python -m albef_ds demo | data … | evaluate … | convert … | report …"""
+"""The command line: python -m albef_ds demo | data … | evaluate … | convert … | search … | report …"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     from albef_ds.data.commands import add_commands
+    from albef_ds.evaluate import add_arguments as add_evaluate_arguments
+    from albef_ds.inference.commands import add_inference_commands
+    from albef_ds.training.checkpoint_commands import add_checkpoint_commands
 
     parser = argparse.ArgumentParser(prog="python -m albef_ds", description="Train and use ALBEF.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -29,6 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("runs/demo"))
     demo.add_argument("--ranks", type=int, help="processes (default: the GPUs there are, or 2 on the CPU)")
     demo.set_defaults(run=run_demo)
+
+    downstream = commands.add_parser("downstream", help="fine-tune the demo's model for every task and compare")
+    downstream.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to all of its recipes")
+    downstream.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished demo's folder")
+    downstream.add_argument("--output", type=Path, default=Path("runs/downstream"))
+    downstream.add_argument("--tasks", nargs="+", help="retrieval, vqa, entailment, nlvr, grounding (default: all)")
+    downstream.add_argument("--no-scratch", action="store_true", help="leave out the runs without pre-training")
+    downstream.set_defaults(run=run_downstream)
 
     data = commands.add_parser("data", help="make and inspect data sets").add_subparsers(required=True, metavar="WHAT")
     shapes = data.add_parser(
@@ -40,20 +50,16 @@ def build_parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--noise", type=float, default=0.1, help="share of wrong or partial training captions")
     shapes.add_argument("--size", type=int, default=96, help="pixels")
+    shapes.add_argument("--tasks", type=Path, metavar="FOLDER", help="also write the data of the fine-tuning tasks")
     shapes.set_defaults(run=run_shapes)
     add_commands(data)
 
-    evaluate = commands.add_parser("evaluate", help="retrieval by a trained model")
-    evaluate.add_argument("recipe")
-    evaluate.add_argument("weights", type=Path, help="a checkpoint in the reference's form, e.g. RUN/albef.pth")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    evaluate = commands.add_parser("evaluate", help="the numbers of a trained model on a recipe's test set")
+    add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
-    convert = commands.add_parser("convert", help="a run's checkpoint to the reference's form")
-    convert.add_argument("checkpoint", type=Path, help="RUN/checkpoints/step_…, or RUN for its newest")
-    convert.add_argument("out", type=Path, help=".pth (the reference's form) or .safetensors")
-    convert.add_argument("--without-teacher", action="store_true", help="leave out momentum copies and queues")
-    convert.set_defaults(run=run_convert)
+    add_inference_commands(commands)
+    add_checkpoint_commands(commands)
 
     report = commands.add_parser("report", help="write report.html of a run again")
     report.add_argument("output_dir", type=Path)
@@ -67,6 +73,12 @@ def run_demo(args: argparse.Namespace) -> int:
     return demo(args.output, args.ranks, args.overrides)
 
 
+def run_downstream(args: argparse.Namespace) -> int:
+    from albef_ds.downstream import MEASURES, downstream
+
+    return downstream(args.demo, args.output, args.tasks or tuple(MEASURES), not args.no_scratch, args.overrides)
+
+
 def run_shapes(args: argparse.Namespace) -> None:
     from albef_ds.data.shapes_world import write_shapes_world
 
@@ -74,27 +86,16 @@ def run_shapes(args: argparse.Namespace) -> None:
         args.out, args.images, args.test_images, seed=args.seed, noise=args.noise, size=args.size
     )
     print(f"train: {world.train}\ntest:  {world.test}\nvocab: {world.vocab}")
+    if args.tasks is not None:
+        from albef_ds.data.shapes_tasks import write_shapes_tasks
+
+        print(f"tasks: {write_shapes_tasks(args.tasks, world).root}")
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
-    import torch
+def run_evaluate(args: argparse.Namespace) -> int:
+    from albef_ds.evaluate import run
 
-    from albef_ds.config import load_config
-    from albef_ds.data.tokenizer import load_tokenizer
-    from albef_ds.evaluation.retrieval import evaluate_recipe
-    from albef_ds.train import build_task, with_vocabulary
-
-    config = load_config(args.recipe, [*args.overrides, f"model.weights={args.weights}"])
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_task(with_vocabulary(config, tokenizer.vocab_size)).model.to(device)
-    print(json.dumps(evaluate_recipe(model, config, tokenizer, device).metrics, indent=1))
-
-
-def run_convert(args: argparse.Namespace) -> None:
-    from albef_ds.training.export import export_checkpoint
-
-    print(f"{export_checkpoint(args.checkpoint, args.out, with_teacher=not args.without_teacher)}")
+    return run(args)
 
 
 def run_report(args: argparse.Namespace) -> None:

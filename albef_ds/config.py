@@ -46,18 +46,31 @@ class TextConfig(_Section):
     weights: str | None = None  # Hugging Face's name or a local folder; None: random
 
 
+class OptionsConfig(_Section):
+    """What changes the mathematics of pre-training, retrieval and grounding; all off, as in the reference."""
+
+    # Share of the pairs mixed with another one, images blended, texts joined (MixGen); the paper: 0.25; 0: off.
+    mixgen: float = Field(0.0, ge=0, le=0.5)
+    negatives: Literal["rank", "all"] = "rank"  # whose samples may be hard negatives: this rank's, or those of all
+    # Share of the image's patches that the student does not see while training (FLIP); the teacher sees all; 0: off.
+    token_drop: float = Field(0.0, ge=0, lt=1)
+
+
 class ModelConfig(_Section):
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = Field(256, gt=0)
     queue_size: int = Field(65536, gt=0)
     momentum: float = Field(0.995, ge=0, le=1)
+    distill: bool = True  # whether a fine-tuning task learns from a teacher too (retrieval always has one)
     teacher_dropout: bool = True  # the reference's teacher keeps dropout on
     temperature: float = Field(0.07, gt=0)
     temperature_min: float = Field(0.001, gt=0)
     temperature_max: float = Field(0.5, gt=0)
-    attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "flash", "varlen", "efficient", "sdpa", "eager"] = "auto"
+    compile: Literal["off", "auto"] = "off"  # auto: compiled regions on a GPU; on a CPU they cost more than they give
     weights: str | None = None  # an ALBEF checkpoint of the reference's form to start from
+    options: OptionsConfig = OptionsConfig()
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -70,7 +83,7 @@ class ModelConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a random crop keeps
+    crop_scale: tuple[float, float] | None = (0.2, 1.0)  # share of the area that a random crop keeps; null: no crop
     horizontal_flip: bool = True
     randaugment: bool = True
 
@@ -85,8 +98,13 @@ class DataConfig(_Section):
     cache_dir: str | None = None  # local folder for the shards of URLs
     cache_gb: float = Field(50.0, gt=0)  # what it may hold, all ranks of a machine together
     loader: Literal["auto", "torch", "dali"] = "auto"  # auto: DALI where it is installed
-    test: str | None = None  # retrieval annotations, evaluated at the end
+    val: str | None = None  # as test; evaluated while training (evaluation.every), the best weights are kept
+    test: str | None = None  # annotations that are evaluated at the end
     image_root: str | None = None  # what relative image paths start from; None: the annotation file's folder
+    image_roots: dict[str, str] = {}  # VQA: that of each "dataset", such as {vqa: ..., vg: ...}
+    answer_list: str | None = None  # VQA: the answers to choose from, a JSON list; None: answers are written freely
+    test_annotations: str | None = None  # VQA: the official file of what the annotators said, for the accuracy
+    vg_weight: float = Field(0.5, gt=0)  # VQA: of the one answer to a Visual Genome question
     tokenizer: str = "bert-base-uncased"  # a hub name, a folder or a vocab.txt
     sep_token: bool = False  # the reference's tokenizer emits no [SEP]
     max_words: int = Field(30, gt=0)
@@ -101,6 +119,7 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
+    fused: Literal["torch", "apex"] = "torch"  # whose AdamW kernel; apex: NVIDIA's, which must be installed
 
 
 class ScheduleConfig(_Section):
@@ -121,12 +140,29 @@ class TrainConfig(_Section):
     alpha_ramp_epochs: float = Field(1.0, ge=0)
     deepspeed: str = "zero2_a100_40gb"  # a file, or a name in ds_configs/
     seed: int = 42
+    deterministic: bool = False  # the same bits on the same device, every time; slower on a GPU
 
 
 class CheckpointConfig(_Section):
     every: int = Field(1000, gt=0)  # steps
-    keep: int = Field(2, gt=0)  # complete ones; the last is always kept
+    keep: int = Field(2, gt=0)  # the newest complete ones
+    keep_every: int | None = Field(None, gt=0)  # also those of every so many steps, for good
+    background: bool = True  # training waits for a copy in memory only, not for the disk
+    on_error: Literal["retry", "stop", "continue"] = "retry"  # when the disk fails: try again, then stop; stop; go on
+    retries: int = Field(5, ge=0)  # further attempts, after 1, 2, 4, ... seconds
+    upload: str | None = None  # a URL (s3://, gs://, file://, ...), this run's own, that gets a copy of each
     resume: str | None = "auto"  # auto: the newest complete one of this run; none: start afresh; or a folder
+
+
+class FaultsConfig(_Section):
+    max_bad_steps: int = Field(10, gt=0)  # steps in a row whose loss or gradient is not finite; then the run stops
+    dead_seconds: float = Field(60, gt=0)  # a rank without a sign of life for so long is lost, and the run ends
+    timeout_minutes: float = Field(30, gt=0)  # a rank whose loop stands still for so long hangs, and the run ends
+    rollback: bool = False  # after a loss spike: back to the last checkpoint, and past the batches of the spike
+    rollback_window: int = Field(100, ge=8)  # steps whose median loss is the usual one
+    rollback_threshold: float = Field(10.0, gt=0)  # a spike exceeds the median by so many median deviations from it ...
+    rollback_steps: int = Field(3, gt=0)  # ... for so many steps in a row
+    rollback_max: int = Field(3, gt=0)  # roll-backs of one run; a further spike stops it
 
 
 class LogConfig(_Section):
@@ -136,13 +172,23 @@ class LogConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    k_test: int = Field(128, gt=0)  # candidates a query that ITM ranks again
+    every: int | None = Field(None, gt=0)  # epochs between evaluations on data.val; None: none
+    k_test: int = Field(128, gt=0)  # candidates a query that ITM ranks again; VQA: answers ranked by their whole text
+    batch: int = Field(64, gt=0)  # samples of a forward pass (VQA, entailment, NLVR2, grounding)
+    first_token_twice: bool = True  # VQA: ranks as the reference does (albef_ds/evaluation/answers.py)
+    beams: int = Field(3, gt=0)  # VQA without a list: of the beam search
+    heatmap: Literal["itm", "itc"] = "itm"  # grounding: what Grad-CAM looks at
+    heatmap_layer: int | None = Field(
+        None, ge=0
+    )  # BERT's layer (itm) or ViT's block (itc); None: the third fusion layer
 
 
 class Config(_Section):
     """A run. The recipes in albef_ds/configs show every section in use."""
 
-    task: Literal["pretraining"] = "pretraining"
+    task: Literal["pretraining", "retrieval", "vqa", "entailment", "text_assignment", "nlvr", "grounding"] = (
+        "pretraining"
+    )
     output_dir: str = "runs/pretraining"
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -150,8 +196,25 @@ class Config(_Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _options_apply(self):
+        options = self.model.options
+        if options != OptionsConfig() and self.task not in ("pretraining", "retrieval", "grounding"):
+            changed = ", ".join(f"model.options.{key}" for key in options.model_dump(exclude_defaults=True))
+            raise ValueError(
+                f"{changed}: for pretraining, retrieval and grounding only, the task is {self.task}; leave it out"
+            )
+        joined, positions = 2 * self.data.max_tokens - 1, self.model.text.max_positions  # one [CLS] for both
+        if options.mixgen and joined > positions:
+            raise ValueError(
+                f"model.options.mixgen joins two texts of up to data.max_tokens = {self.data.max_tokens} tokens into "
+                f"{joined}, more than model.text.max_positions = {positions}: raise that, or lower data.max_tokens"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

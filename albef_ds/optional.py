@@ -80,6 +80,7 @@ PACKAGES = {
     ),
     "triton": Package("triton", ("triton",), "kernels of ITC and hard negatives on a GPU", "pip install triton"),
     "pyarrow": Package("pyarrow", ("pyarrow",), "Parquet lists for data pack", "pip install 'albef_ds[parquet]'"),
+    "gradio": Package("gradio", ("gradio",), "the page of albef_ds serve", "pip install 'albef_ds[page]'"),
     "fsspec": Package("fsspec", ("fsspec",), "shards from URLs", "pip install 'albef_ds[remote]'"),
 }
 

@@ -20,16 +20,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
 from albef_ds.data.annotations import AnnotationError
 from albef_ds.data.files import write_atomically
 from albef_ds.data.shard_format import ShardError
 from albef_ds.data.tokenizer import TokenizerError
 from albef_ds.data.torch_loader import UnreadableImagesError
-from albef_ds.evaluation.encoding import EvaluationError
-from albef_ds.model.reference_weights import WeightsError
+from albef_ds.evaluation.ahead import EvaluationError
+from albef_ds.model.weight_files import WeightsError
+from albef_ds.training.bad_steps import BadStepsError
 from albef_ds.training.checkpoint import CheckpointError
 from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
+from albef_ds.training.spikes import SpikeError
+from albef_ds.training.stop import EXIT_REQUEUE, Stopped, StopSignals
 
 log = logging.getLogger("albef_ds")
 
@@ -44,6 +48,8 @@ USER_ERRORS = (
     CheckpointError,
     EvaluationError,
     UnreadableImagesError,
+    BadStepsError,
+    SpikeError,
 )
 
 
@@ -59,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.recipe, args.overrides)
         run = Run(config, args.deepspeed_config)
         return run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume)
+    except Stopped as stopped:
+        print(f"albef_ds: {stopped}", file=sys.stderr)
+        return EXIT_REQUEUE
     except USER_ERRORS as error:
         print(f"albef_ds: {error}", file=sys.stderr)
         return 2
@@ -82,6 +91,7 @@ class Run:
 
     def __init__(self, config: Config, deepspeed_config: str | None = None):
         from albef_ds.data.tokenizer import load_tokenizer
+        from albef_ds.training.determinism import make_deterministic
         from albef_ds.training.engine import build_engine, engine_config, init_distributed
 
         ds_file = find_named(deepspeed_config or config.train.deepspeed, deepspeed_folder(), ".json")
@@ -89,6 +99,8 @@ class Run:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
         self.config = config = with_vocabulary(config, tokenizer.vocab_size)
         self.tokenizer = tokenizer
+        if config.train.deterministic:
+            make_deterministic()
         self.rank, self.world_size, self.device = init_distributed()
         self.batch_plan: BatchPlan = plan_batches(config, self.world_size)
         self.ds_config = engine_config(ds_json, self.batch_plan, config.train.clip)
@@ -96,6 +108,10 @@ class Run:
 
         seed_all(config.train.seed)  # equal on all ranks: they must build the same weights and queues
         task = build_task(config).to(self.device)
+        if config.model.compile == "auto" and self.device.type == "cuda":
+            from albef_ds.training.compile import compile_regions
+
+            compile_regions(task)
         self.engine = build_engine(task, config.optimizer, self.ds_config)
         seed_all(config.train.seed + 1 + self.rank)  # different: dropout and negatives are each rank's own
         log.info("%s; %s", self.batch_plan, self.device)
@@ -103,10 +119,18 @@ class Run:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume: str | None) -> int:
+        from albef_ds.training.watchdog import Watchdog
+
+        faults = self.config.faults
+        with StopSignals() as signals, Watchdog(faults.dead_seconds, faults.timeout_minutes) as watchdog:
+            return self.watched(resume, signals, watchdog)
+
+    def watched(self, resume: str | None, signals: StopSignals, watchdog) -> int:
         from albef_ds.data.loader import build_loader
         from albef_ds.data.prefetch import on_device
+        from albef_ds.training.attempts import Attempts
         from albef_ds.training.checkpoint import Checkpoints
-        from albef_ds.training.loop import Plan, train
+        from albef_ds.training.loop import Plan
         from albef_ds.training.monitor import Monitor
         from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
         from albef_ds.training.schedule import alpha_ramp
@@ -117,8 +141,10 @@ class Run:
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", config.to_yaml())
-        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint.keep, self.identity(loader.order.num_samples))
+        identity = self.identity(loader.order.num_samples)
+        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint, identity, config.model_dump(mode="json"))
         start = self.resume(checkpoints, resume)
+        validation = self.validation(start)
         ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
         plan = Plan(
             start_step=start,
@@ -129,21 +155,30 @@ class Run:
             checkpoint_every=config.checkpoint.every,
             log_every=config.log.every,
             log_keys=config.log.keys,
+            validate=validation and validation.after_step,
+            validate_every=config.evaluation.every and config.evaluation.every * loader.steps_per_epoch,
         )
         log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
-        monitor = Monitor(
-            out,
-            rank=self.rank,
-            total_steps=total,
-            start_step=start,
-            samples_per_step=self.batch_plan.global_batch,
-            peak_flops=peak_flops_of(self.device, self.arithmetic),
-            log_every=config.log.every,
-        )
-        monitor.rejected(loader.rejected if self.rank == 0 else ())
-        if start < total:
-            train(self.engine, on_device(loader.batches(start), self.device), plan, monitor, checkpoints)
-        summary = {**monitor.close(), "mfu_of": peak_flops_source(self.device, self.arithmetic)}
+
+        def batches(start_step: int):
+            return on_device(loader.batches(start_step), self.device)
+
+        def monitor(start_step: int) -> Monitor:
+            monitor = Monitor(
+                out,
+                rank=self.rank,
+                total_steps=total,
+                start_step=start_step,
+                samples_per_step=self.batch_plan.global_batch,
+                peak_flops=peak_flops_of(self.device, self.arithmetic),
+                log_every=config.log.every,
+            )
+            monitor.rejected(loader.rejected if self.rank == 0 else ())
+            return monitor
+
+        attempts = Attempts(self.engine, batches, monitor, checkpoints, out)
+        summary = attempts.run(plan, config.faults, signals, watchdog)
+        summary["mfu_of"] = peak_flops_source(self.device, self.arithmetic)
         written = out / "summary.json"
         if start >= total and written.exists():  # trained already: evaluated anew, its speed and losses are still true
             summary |= json.loads(written.read_text(encoding="utf-8"))
@@ -153,6 +188,29 @@ class Run:
     @property
     def arithmetic(self) -> torch.dtype:
         return torch.bfloat16 if self.ds_config.get("torch_autocast", {}).get("enabled") else torch.float32
+
+    def validation(self, start_step: int):
+        """What evaluates on data.val between epochs; None where the recipe wants none."""
+        from albef_ds.evaluation.recipe import evaluate_recipe
+        from albef_ds.training.validation import Validation
+
+        config = self.config
+        if not config.evaluation.every:
+            return None
+        if not config.data.val:
+            raise ConfigError("evaluation.every is set, but data.val is empty: name the annotation file to validate on")
+
+        def evaluate():
+            return evaluate_recipe(self.engine.module.model, config, self.tokenizer, self.device, config.data.val)
+
+        return Validation(Path(config.output_dir), self.rank, evaluate, self.weights, start_step)
+
+    def weights(self) -> dict:
+        """The trained weights in the reference's form, with momentum copies and queues."""
+        from albef_ds.model.reference_weights import to_reference
+
+        task = self.engine.module
+        return to_reference(task.model, task.teacher, getattr(task, "queue", None))
 
     def learning_rate(self, steps_per_epoch: int, total_steps: int):
         from albef_ds.training.schedule import build_schedule
@@ -195,19 +253,20 @@ class Run:
 
     def finish(self, summary: dict) -> None:
         """Evaluates, and writes summary.json, the reference-form weights and the report."""
-        from albef_ds.model.reference_weights import to_reference
-
         out = Path(self.config.output_dir)
         examples = None
-        if self.config.data.test:
-            from albef_ds.evaluation.retrieval import evaluate_recipe
+        if self.rank == 0:
+            torch.save({"model": self.weights()}, out / "albef.pth")
+        if self.config.data.test and self.config.task != "text_assignment":
+            from albef_ds.evaluation.recipe import evaluate_recipe
+            from albef_ds.training.validation import take_best
 
-            result = evaluate_recipe(self.engine.module.model, self.config, self.tokenizer, self.device)
-            summary["retrieval"], examples = result.metrics, result.examples
+            if self.config.evaluation.every:
+                summary["validation"] = take_best(out, self.engine.module.model)
+            result = evaluate_recipe(self.engine.module.model, self.config, self.tokenizer, self.device, out=out)
+            summary[result.name], examples = result.metrics, result.examples
         if self.rank != 0:
             return
-        task = self.engine.module
-        torch.save({"model": to_reference(task.model, task.teacher, task.queue)}, out / "albef.pth")
         write_atomically(out / "summary.json", json.dumps(summary, indent=1))
         if self.config.log.report:
             from albef_ds.training.report import write_report
@@ -225,40 +284,6 @@ class Run:
         if self.rank == 0:
             print(text)
         return 0
-
-
-def build_task(config: Config):
-    """The task with its starting weights, on the CPU."""
-    from albef_ds.model.reference_weights import load_bert, load_reference, load_timm, read_state_dict
-    from albef_ds.tasks.pretraining import Pretraining
-
-    try:
-        task = Pretraining(config.model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if config.model.vision.weights:
-        load_timm(task.model, config.model.vision.weights)
-    if config.model.text.weights:
-        load_bert(task.model, config.model.text.weights)
-    task.teacher.copy_from(task.model)
-    if config.model.weights:
-        source = config.model.weights
-        load_reference(read_state_dict(source), task.model, task.teacher, task.queue, source)
-    if config.train.activation_checkpointing:
-        task.model.enable_checkpointing()
-    return task
-
-
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """Fills in the vocabulary's size from the tokenizer; a model's that is smaller could not embed every token."""
-    given = config.model.text.vocab_size
-    if given is not None and given < vocab_size:
-        raise ConfigError(
-            f"model.text.vocab_size {given} is smaller than the vocabulary of {config.data.tokenizer} ({vocab_size}); "
-            "leave it out to take the tokenizer's"
-        )
-    text = config.model.text.model_copy(update={"vocab_size": given or vocab_size})
-    return config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
 
 
 def deepspeed_folder() -> Path:

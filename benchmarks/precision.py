@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
+from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import BatchPlan, OptimizerConfig, load_config
 from albef_ds.data.annotations import read_pairs
 from albef_ds.data.augment import TrainTransform
 from albef_ds.data.shapes_world import write_shapes_world
 from albef_ds.data.tokenizer import load_tokenizer
 from albef_ds.data.torch_loader import PretrainingLoader
-from albef_ds.train import build_task, seed_all, with_vocabulary
+from albef_ds.train import seed_all
 from albef_ds.training.engine import build_engine, clamp_temperature, engine_config, init_distributed
 
 BATCH = 16

@@ -154,8 +154,8 @@ class QuestionBatch(Loaded):
         """counts: how many of the answers belong to each question. Raises ValueError where a question has none."""
         if len(counts) != questions.num_texts or min(counts) < 1 or sum(counts) != answers.num_texts:
             raise ValueError(
-                f"{questions.num_texts} questions and {answers.num_texts} answers do not fit the counts {list(counts)}: "
-                "every question needs at least one answer"
+                f"{questions.num_texts} questions and {answers.num_texts} answers for counts {list(counts)}; "
+                "every question needs an answer"
             )
         boundaries = torch.nn.functional.pad(torch.tensor(counts).cumsum(0), (1, 0))
         cu_questions = answers.cu_seqlens[boundaries]

@@ -19,9 +19,9 @@ from albef_ds.data.shard_folder import CachedFolder, open_folder
 from albef_ds.data.shard_format import ShardError
 from albef_ds.data.shard_order import ShardOrder
 from albef_ds.data.shards import ShardSet
+from albef_ds.data.task_loader import build_samples
 from albef_ds.data.text_pipeline import TextPipeline
 from albef_ds.data.tokenizer import CaptionTokenizer, TokenizerError
-from albef_ds.data.task_loader import build_samples
 from albef_ds.data.torch_loader import PretrainingSamples, TorchLoader, UnreadableImagesError
 
 log = logging.getLogger(__name__)

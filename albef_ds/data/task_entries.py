@@ -4,7 +4,8 @@ retrieval    {"image": path, "caption": text, "image_id": id}
 grounding    {"image": path, "text": text}                                          one id an image
 vqa          {"image": path, "dataset": "vqa", "question": text, "answer": [texts], "question_id": number}
              {"image": path, "dataset": "vg", "question": text, "answer": text, "question_id": number}
-entailment   {"image": path, ".jpg" may be left out, "sentence": text, "label": "entailment" | "neutral" | "contradiction"}
+entailment   {"image": path, "sentence": text, "label": "entailment" | "neutral" | "contradiction"}
+                 (".jpg" is appended to a path without an ending)
 nlvr         {"images": [path, path], "sentence": text, "label": "True" | "False"}
 """
 
@@ -157,7 +158,7 @@ def captions_by_id() -> Parse:
 
 
 def phrases() -> Parse:
-    """Grounding's training files: all phrases about an image are right for it. Its name is its id, as in the reference."""
+    """Grounding's training files: all phrases about an image are right for it; its name is its id."""
     numbers: dict[str, int] = {}
 
     def parse(entry: Mapping, root: str) -> CaptionEntry:
@@ -241,10 +242,14 @@ def referring() -> Parse:
 
 
 def _box(value, key: str) -> tuple[float, ...]:
-    numbers = isinstance(value, list | tuple) and len(value) == 4 and all(isinstance(n, int | float) for n in value)
-    if not numbers:
+    if not (isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_pixels, value))):
         raise EntryError(f'"{key}": expected [x, y, width, height], found {value!r}')
     return tuple(value)
+
+
+def _is_pixels(value) -> bool:
+    """Python's JSON also reads NaN, Infinity and whole numbers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 def _text(entry: Mapping, key: str) -> str:

@@ -43,8 +43,8 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int, rng: np.random.Generator) -> object:
-        """A sample, as a function of index and generator alone; ImageError, with nothing drawn, where an image cannot be
-        used."""
+        """A sample, as a function of index and generator alone; ImageError, before anything is drawn, where an image
+        cannot be used."""
 
     def collate(self, samples: list, *, rejected: tuple[tuple[str, str], ...], keys: tuple[str, ...]) -> Loaded: ...
 

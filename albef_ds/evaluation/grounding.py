@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from albef_ds.data.task_samples import TaskSample, TaskSamples, stacked, texts_of
+from albef_ds.evaluation.ahead import EvaluationError
 from albef_ds.evaluation.boxes import box_from_heatmap, judge_grounding, rank_proposals, score_grounding
 from albef_ds.evaluation.examples import Example, spread
 from albef_ds.evaluation.heatmaps import itc_heatmaps, itm_heatmaps
@@ -30,7 +32,12 @@ def ground_all(
     look = {"itm": itm_heatmaps, "itc": itc_heatmaps}[by]
 
     def run(block: list[TaskSample]) -> list[Grounded]:
-        maps = look(model, stacked(block).to(device), texts_of(block).to(device), layer).texts
+        try:
+            maps = look(model, stacked(block).to(device), texts_of(block).to(device), layer).texts
+        except ValueError as error:  # a layer that there is not
+            raise EvaluationError(f"evaluation.heatmap_layer: {error}") from error
+        if not torch.isfinite(maps).all():
+            raise EvaluationError("the model gives NaN or infinity in a heat map; the weights are probably broken")
         return [Grounded(tuple(map(tuple, grid))) for grid in maps.float().cpu().tolist()]
 
     with evaluating(model, device):
@@ -38,8 +45,8 @@ def ground_all(
 
 
 def score(samples: TaskSamples, found: Sequence[Grounded]) -> dict:
-    """Percent by split, and of "all": `ranked` (the reference's: best proposal, IoU >= 0.5), `pointing`, `centre`, `region`; see
-    albef_ds.evaluation.boxes.GroundingHits."""
+    """Percent by split, and of "all": `ranked` (the reference's: best proposal, IoU >= 0.5), `pointing`, `centre`,
+    `region`; see albef_ds.evaluation.boxes.GroundingHits."""
     hits = []
     for i, grounded in enumerate(found):
         e = samples.entries[i]

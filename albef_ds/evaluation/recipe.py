@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from albef_ds.evaluation import classification, grounding, retrieval, vqa
 from albef_ds.evaluation.ahead import NAMED, EvaluationError
 from albef_ds.evaluation.examples import Example
 from albef_ds.evaluation.sharding import Ranks
-from albef_ds.evaluation.vqa_accuracy import score_vqa, write_results
+from albef_ds.evaluation.vqa_accuracy import VqaResultError, score_vqa, write_results
 
 SHOWN = 8  # examples
 VQA_WORDS = 50  # of a test question, as in the reference
@@ -72,6 +73,13 @@ def _retrieval(model, config: Config, tokenizer, device, file: str, out: Path | 
 def _vqa(model, config: Config, tokenizer, device, file: str, out: Path | None) -> Evaluated:
     samples = _samples(QuestionSamples, questions(answered=False), config, tokenizer, file, VQA_WORDS)
     listed = None if config.data.answer_list is None else [str(a) for a in load_list(Path(config.data.answer_list))]
+    if listed is not None and not listed:
+        raise EvaluationError(f"data.answer_list: {config.data.answer_list}: the list of answers is empty")
+    truth = config.data.test_annotations if file == config.data.test else None
+    if truth is not None and not Path(truth).is_file():
+        raise EvaluationError(f"data.test_annotations: {truth}: no such file")
+    if out is not None or truth is not None:
+        _refuse_repeats([entry.question_id for entry in samples.entries], file)
     found = vqa.answer_all(
         model,
         samples,
@@ -84,18 +92,29 @@ def _vqa(model, config: Config, tokenizer, device, file: str, out: Path | None) 
         workers=config.data.workers,
     )
     answers = vqa.results(samples, found)
-    _on_rank_0(out, lambda path: write_results(path, answers))
     metrics, expected = {"questions": len(found)}, {}
-    if config.data.test_annotations and file == config.data.test:
-        annotations = json.loads(Path(config.data.test_annotations).read_text(encoding="utf-8"))
-        score = score_vqa(answers, annotations)
-        metrics |= {
-            "accuracy": score.overall,
-            "per_answer_type": score.per_answer_type,
-            "per_question_type": score.per_question_type,
-        }
-        expected = {a["question_id"]: a["multiple_choice_answer"] for a in annotations["annotations"]}
+    try:
+        _on_rank_0(out, lambda path: write_results(path, answers))
+        if truth is not None:
+            score = score_vqa(answers, truth)
+            metrics |= {
+                "accuracy": score.overall,
+                "per_answer_type": score.per_answer_type,
+                "per_question_type": score.per_question_type,
+            }
+            annotations = json.loads(Path(truth).read_text(encoding="utf-8-sig"))["annotations"]
+            expected = {a["question_id"]: a.get("multiple_choice_answer") for a in annotations}
+    except VqaResultError as error:
+        raise EvaluationError(f"{file}: {error}") from error
     return Evaluated("vqa", metrics, metrics.get("accuracy"), vqa.examples_of(samples, found, expected, SHOWN))
+
+
+def _refuse_repeats(question_ids: list[int], file: str) -> None:
+    """Before the work, and on all ranks: the server, and the accuracy, want one answer a question."""
+    twice = [number for number, count in Counter(question_ids).items() if count > 1]
+    if twice:
+        shown = ", ".join(map(str, twice[:NAMED]))
+        raise EvaluationError(f'{file}: "question_id" must tell the questions apart; missing (-1) or repeated: {shown}')
 
 
 def _classification(parse: Callable, labels: tuple[str, ...]):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from albef_ds.data.task_samples import TaskSample, TaskSamples
-from albef_ds.evaluation.ahead import loaded_ahead, refuse_holes
+from albef_ds.evaluation.ahead import EvaluationError, loaded_ahead, refuse_holes
 from albef_ds.evaluation.encoding import progress
 from albef_ds.evaluation.sharding import Batches, Ranks
 
@@ -21,18 +21,25 @@ def over_ranks(
 ) -> list:
     """`run` of every batch of `size` samples, one small result a sample, in the order of the entries.
 
-    Raises EvaluationError, on all ranks together, where an image cannot be used.
+    Raises EvaluationError, on all ranks together, where an image cannot be used or where `run` raises it.
     """
     ranks = Ranks.current()
     batches = Batches(len(samples), size, ranks)
-    found, bad = {}, []
+    found, bad, broken = {}, [], []
     loaded = loaded_ahead(lambda row: samples.load(row, None), [batches.rows(b) for b in batches.mine], workers)
     for batch, (block, faults) in zip(batches.mine, progress(loaded, what, ranks, len(batches.mine)), strict=True):
         bad += faults
-        if not bad:
+        if bad or broken:
+            continue
+        try:
             found[batch] = run(block)
+        except EvaluationError as error:  # the others wait for this rank's results: they must learn of it
+            broken.append(str(error))
     refuse_holes(ranks, bad)
-    everything = {batch: results for part in ranks.all_objects(found) for batch, results in part.items()}
+    parts = ranks.all_objects((found, broken))
+    for reason in (reason for _, reasons in parts for reason in reasons):
+        raise EvaluationError(reason)
+    everything = {batch: results for part, _ in parts for batch, results in part.items()}
     return [result for batch in range(batches.count) for result in everything[batch]]
 
 

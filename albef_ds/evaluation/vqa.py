@@ -6,8 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from albef_ds.data.batch import PackedText
 from albef_ds.data.task_samples import QuestionSamples, TaskSample, answer_ids, stacked, texts_of
+from albef_ds.evaluation.ahead import EvaluationError
 from albef_ds.evaluation.answers import rank_answers, write_answers
 from albef_ds.evaluation.examples import Example, spread
 from albef_ds.evaluation.samples import evaluating, over_ranks
@@ -48,13 +52,20 @@ def answer_all(
         if candidates is not None:
             ranked = rank_answers(model, question, candidates, k, first_token_twice)
             best, shares = ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist()
+            _refuse_nan(ranked.probabilities)
             return [Answered(answers[i], share) for i, share in zip(best, shares, strict=True)]
         written = write_answers(model, question, tokenizer.cls_id, tokenizer.sep_id, beams)
+        _refuse_nan(written.scores[:, 0])
         shares = written.scores[:, 0].exp().tolist()
         return [Answered(tokenizer.decode(a[0]), share) for a, share in zip(written.ids, shares, strict=True)]
 
     with evaluating(model, device):
         return over_ranks(samples, run, size, workers, "questions")
+
+
+def _refuse_nan(scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise EvaluationError("the model gives NaN or infinity for an answer; the weights are probably broken")
 
 
 def results(samples: QuestionSamples, found: Sequence[Answered]) -> list[dict]:
@@ -64,7 +75,7 @@ def results(samples: QuestionSamples, found: Sequence[Answered]) -> list[dict]:
 
 
 def examples_of(
-    samples: QuestionSamples, found: Sequence[Answered], expected: dict[int, str], wanted: int
+    samples: QuestionSamples, found: Sequence[Answered], expected: dict[int, str | None], wanted: int
 ) -> list[Example]:
     """expected: what most annotators said, by question id."""
     shown = []

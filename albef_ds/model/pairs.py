@@ -29,8 +29,8 @@ class PairTextEncoder(TextEncoder):
         return list(zip(layers[::2], layers[1::2], strict=True))
 
     def fuse(self, hidden: Tensor, plan: FusionPlan, image_embeds: Tensor, rows: Tensor | None) -> Tensor:
-        """As TextEncoder.fuse, with image_embeds [2 I, S, Wv]: the left images, then the right ones. Group i of the plan
-        looks at left image i and right image i."""
+        """As TextEncoder.fuse, with image_embeds [2 I, S, Wv], the left images first. Group i of the plan looks at left
+        image i and right image i."""
         left_and_right = project_keys([left for left, _ in self._layer_pairs()], image_embeds.flatten(0, 1))
         half = image_embeds.shape[0] // 2
         keys = [

@@ -54,8 +54,8 @@ class FeatureQueue(nn.Module):
 def gather_features(
     image_feat: Tensor, text_feat: Tensor, ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, D] of this rank to [world * B, D] of all, in rank order, both in one collective; no gradient. Likewise ids [B]
-    in a second one."""
+    """[B, D] of this rank to [world * B, D] of all, in rank order, both in one collective; no gradient. Likewise ids
+    [B], in a second one."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return image_feat, text_feat, ids
     world, (batch, width) = dist.get_world_size(), image_feat.shape

@@ -1,9 +1,9 @@
 """Checkpoints of the reference, of pre-training and of every fine-tuning task, read and written.
 
 The modules here carry the reference's names, with one exception: its fine-tuning tasks call the text encoder's layers
-`text_encoder.encoder...`, its pre-training `text_encoder.bert.encoder...`, which is what ours are always called. Where a
-task starts from another task's checkpoint, its weights are arranged as the reference arranges them: the answer decoder
-starts as the fusion layers (VQA.py), the paired layers of NLVR2 as two of each (Pretrain_nlvr.py).
+`text_encoder.encoder...`, its pre-training `text_encoder.bert.encoder...`, which is what ours are always called. Where
+a task starts from another task's checkpoint, its weights are arranged as the reference arranges them: the answer
+decoder starts as the fusion layers (VQA.py), the paired layers of NLVR2 as two of each (Pretrain_nlvr.py).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from timm.layers.attention import Attention
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from albef_ds.config import VisionConfig
 from albef_ds.model.attention import Spans, attention
@@ -30,8 +30,33 @@ class ImageAttention(Attention):
         return self.proj_drop(self.proj(out.reshape(batch, length, -1)))
 
 
-def build_vision_encoder(config: VisionConfig, backend: str = "auto") -> VisionTransformer:
-    """[B, 3, R, R] images to [B, 1 + patches, width] embeddings, [CLS] first, through `forward_features`."""
+class PatchDrop(nn.Module):
+    """Leaves out a random share of each image's patches while training, as FLIP does (Li et al., CVPR 2023).
+
+    It stands behind the position embedding, so the patches that stay know where they are. [CLS] stays; every image
+    keeps the same number. What runs without gradients sees all patches: the momentum teacher and evaluation.
+    """
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 1 + P, W] -> [B, 1 + kept, W]
+        if not (self.training and torch.is_grad_enabled()):
+            return x
+        batch, length, width = x.shape
+        kept = max(1, round((length - 1) * (1 - self.share)))
+        order = torch.rand(batch, length - 1, device=x.device).argsort(dim=1)
+        index = torch.nn.functional.pad(order[:, :kept] + 1, (1, 0))  # [CLS], which is row 0, first
+        return x.gather(1, index[:, :, None].expand(-1, -1, width))
+
+
+def build_vision_encoder(config: VisionConfig, backend: str = "auto", token_drop: float = 0.0) -> VisionTransformer:
+    """[B, 3, R, R] images to [B, 1 + patches, width] embeddings, [CLS] first, through `forward_features`.
+
+    Args:
+        token_drop: share of the patches that training leaves out (PatchDrop).
+    """
     if config.image_size % config.patch_size:
         raise ValueError(
             f"model.vision.image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
@@ -50,6 +75,8 @@ def build_vision_encoder(config: VisionConfig, backend: str = "auto") -> VisionT
     for module in encoder.modules():
         if isinstance(module, ImageAttention):
             module.backend = backend
+    if token_drop:
+        encoder.patch_drop = PatchDrop(token_drop)
     return encoder
 
 

@@ -14,8 +14,7 @@ from albef_ds.data.batch import PackedText, PairBatch, PretrainingBatch
 from albef_ds.data.mixgen import mixgen
 from albef_ds.kernels import queue_contrastive_loss, sample_hard_negatives
 from albef_ds.model.albef import ALBEF, at_least_fp32
-from albef_ds.model.attention import Spans, resolve_backend
-from albef_ds.model.packing import FusionPlan
+from albef_ds.model.attention import PACKED, resolve_backend
 from albef_ds.model.queue import FeatureQueue, gather_features
 from albef_ds.model.teacher import Teacher
 from albef_ds.tasks.negatives import AllRanks, Pool, across_ranks
@@ -65,7 +64,7 @@ class Contrastive(Task):
         return mixgen(batch, share) if share and self.training else batch
 
     def meet(self, text: PackedText, ids: Tensor | None = None) -> AllRanks | None:
-        """With `model.options.negatives: all`, what all ranks must know of each other; None: negatives are one's own."""
+        """With `model.options.negatives: all`, what the ranks must know of each other; otherwise None."""
         return AllRanks.meet(text, ids) if across_ranks(self.config.options.negatives) else None
 
     def negatives(
@@ -126,7 +125,8 @@ class Contrastive(Task):
         device = image_embeds.device.type
         # Under autocast embeddings leave a LayerNorm in fp32; the attention after the next projection is what counts.
         arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_embeds.dtype
-        return tokens if resolve_backend(self.config.attention, device, arithmetic) == "flash" else None
+        dropout = self.config.text.attention_dropout > 0
+        return tokens if resolve_backend(self.config.attention, device, arithmetic, dropout) in PACKED else None
 
     def matching(self, pairs: Tensor, negative_text: Tensor, negative_image: Tensor) -> Tensor:
         """ITM of the pairs' [CLS] [3 B, W]: the mean over those that exist; where a sample has no negative, its pair

@@ -73,7 +73,7 @@ class TextAssignment(Task):
         model, text = self.model, text_spans(batch.text)
         image_embeds = model.visual_encoder.forward_features(batch.images)
         with torch.no_grad():
-            image_feat = unit_features(model.vision_proj(image_embeds[:, 0]))
+            image_feat = unit_features(model.vision_proj(image_embeds[:, 0].detach()))
             drawn = self.assign(image_feat @ image_feat.T / SIMILARITY_TEMPERATURE)
         seen = torch.cat([image_embeds[drawn.left], image_embeds[drawn.right]])
         hidden = model.text_encoder.encode(batch.text.input_ids, batch.text.position_ids, text)

@@ -1,4 +1,5 @@
-"""Fine-tuning for image-text retrieval: ITC with every caption of an image as a positive, and ITM (models/model_retrieval.py).
+"""Fine-tuning for image-text retrieval: ITC with every caption of an image as a positive, and ITM
+(models/model_retrieval.py).
 
 Ids say which pairs belong together, in the batch and in the queue; a sample of the same id is never a hard negative.
 """

@@ -1,4 +1,4 @@
-"""What every task has, so that the loop need know none of them: a student, its momentum teacher, and the step's frame."""
+"""What every task has, so that the loop need know none of them: a student, its teacher, and the step's frame."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
 from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
+from albef_ds.training.extension_lock import build_cpu_collectives
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
 
 
@@ -20,6 +21,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     Returns:
         rank, world size, and this rank's device.
     """
+    build_cpu_collectives()
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     if "RANK" not in os.environ:
         os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
@@ -60,7 +62,7 @@ def build_engine(task: torch.nn.Module, optimizer: OptimizerConfig, config: Mapp
         groups = parameter_groups(task, optimizer.weight_decay)
         adam = DeepSpeedCPUAdam(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, adamw_mode=True)
     else:
-        adam = build_optimizer(task, optimizer)
+        adam = build_optimizer(task, optimizer, optimizer.fused)
     engine, *_ = deepspeed.initialize(model=task, optimizer=adam, config=dict(config))
     return engine
 
