@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     from albef_ds.data.commands import add_commands
+    from albef_ds.doctor.command import add_doctor_command
     from albef_ds.evaluate import add_arguments as add_evaluate_arguments
     from albef_ds.inference.commands import add_inference_commands
     from albef_ds.training.checkpoint_commands import add_checkpoint_commands
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_inference_commands(commands)
     add_checkpoint_commands(commands)
+    add_doctor_command(commands)
 
     report = commands.add_parser("report", help="write report.html of a run again")
     report.add_argument("output_dir", type=Path)

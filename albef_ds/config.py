@@ -246,7 +246,9 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
             f"train.micro_batch {micro} does not divide a rank's share of {batch // world_size} samples "
             f"(train.global_batch {batch} over {world_size} ranks)"
         )
-    if batch > config.model.queue_size:
+    if config.task == "text_assignment" and micro < 3:
+        raise ConfigError(f"train.micro_batch is {micro}: text assignment needs at least 3, a text's own image and two")
+    if config.task in ("pretraining", "retrieval", "grounding") and batch > config.model.queue_size:
         raise ConfigError(
             f"train.global_batch {batch} is larger than model.queue_size {config.model.queue_size}: a step's features "
             "would not fit; raise the one or lower the other"

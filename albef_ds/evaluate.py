@@ -45,13 +45,11 @@ def run(args: argparse.Namespace) -> int:
     from albef_ds.data.tokenizer import load_tokenizer
     from albef_ds.evaluation.recipe import evaluate_recipe
     from albef_ds.training.engine import init_distributed
-    from albef_ds.training.extension_lock import build_cpu_collectives
 
     config = load_config(args.recipe, [*args.overrides, f"model.weights={args.weights}"])
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
     config = with_vocabulary(config, tokenizer.vocab_size)
     with redirect_stdout(sys.stderr):  # DeepSpeed prints here what it builds; who reads the numbers wants JSON alone
-        build_cpu_collectives()
         rank, _, device = init_distributed()
     model = build_task(config).model.to(device)
     if args.out is not None and rank == 0:

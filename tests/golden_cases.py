@@ -1,4 +1,5 @@
-"""Reads the recorded cases of tests/golden (its README says what they hold) and builds our tasks from them."""
+"""Reads the recorded cases of tests/golden and tests/golden_other, whose READMEs say what they hold, and builds our
+tasks from them."""
 
 from __future__ import annotations
 
@@ -23,11 +24,19 @@ from albef_ds.data.batch import (
 )
 from albef_ds.model.reference_weights import load_reference
 from albef_ds.model.weight_files import read_state_dict
+from albef_ds.tasks.nlvr import Assignment
 from albef_ds.tasks.registry import TASKS
 from albef_ds.tasks.task import Task
 
 GOLDEN = Path(__file__).parent / "golden"
-CONTRASTIVE = ("pretraining", "retrieval")
+GOLDEN_OTHER = Path(__file__).parent / "golden_other"
+FINE_TUNED = ("retrieval", "vqa", "entailment", "nlvr")
+# What ships, in full: a file that is lost must not take its test with it.
+SHIPPED = {
+    GOLDEN: ("pretrain", "pretrain_ddp2", *FINE_TUNED),
+    GOLDEN_OTHER: ("pretrain", *FINE_TUNED, "grounding", "text_assignment"),
+}
+CONTRASTIVE = ("pretraining", "retrieval", "grounding")
 
 
 def most_likely_negative(logits: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -41,6 +50,17 @@ class GoldenCase:
     folder: Path
     name: str
 
+    def __str__(self) -> str:  # what pytest shows
+        return f"{self.folder.name}-{self.name}"
+
+    @property
+    def is_recorded(self) -> bool:
+        return all((self.folder / f"{self.name}{suffix}").is_file() for suffix in (".npz", ".pth"))
+
+    @property
+    def source(self) -> str:
+        return str(self.folder / f"{self.name}.pth")
+
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         with np.load(self.folder / f"{self.name}.npz") as archive:
@@ -49,7 +69,7 @@ class GoldenCase:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """The checkpoint before the first step."""
-        return read_state_dict(self.folder / f"{self.name}.pth")
+        return read_state_dict(self.source)
 
     @property
     def task(self) -> str:
@@ -87,12 +107,11 @@ class GoldenCase:
         """The task with the recorded weights."""
         special = (most_likely_negative, loss_impl) if self.task in CONTRASTIVE else ()
         task = TASKS[self.task](self.model_config(**changes), *special)
-        queue = getattr(task, "queue", None)
-        load_reference(self.state, task.model, task.teacher, queue, str(self.folder / f"{self.name}.pth"))
+        load_reference(self.state, task.model, task.teacher, getattr(task, "queue", None), self.source)
         return task
 
     def alpha(self, step: int) -> float:
-        return float(self.arrays[f"step{step}/alpha"])
+        return float(self.arrays.get(f"step{step}/alpha", 0.0))  # text assignment has no teacher
 
     def batch(self, step: int, rank: int | None = None) -> Loaded:
         """What step `step` sees; some cases record one batch for all steps."""
@@ -116,6 +135,13 @@ class GoldenCase:
     def _retrieval(self, given: dict[str, Tensor]) -> PairBatch:
         return PairBatch(given["image"], packed(given), given["image_id"])
 
+    def _text_assignment(self, given: dict[str, Tensor]) -> PairBatch:
+        return PairBatch(given["image"], packed(given), torch.arange(len(given["image"])))
+
+    def assignment(self, step: int) -> Assignment:
+        """Which images the reference drew."""
+        return Assignment(*(self.tensor(f"step{step}/{name}") for name in ("left", "right", "labels")))
+
     def _entailment(self, given: dict[str, Tensor]) -> LabelledBatch:
         return LabelledBatch(given["image"], packed(given), given["targets"])
 
@@ -135,7 +161,7 @@ class GoldenCase:
         at = f"step{step}/" if rank is None else f"step{step}/rank{rank}/"
         names = {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}
         if f"{at}loss" in self.arrays:
-            names = {{"vqa": "answers"}.get(self.task, "classes"): "loss"}
+            names = {{"vqa": "answers", "text_assignment": "ta"}.get(self.task, "classes"): "loss"}
         return {ours: float(self.arrays[at + theirs]) for ours, theirs in names.items() if at + theirs in self.arrays}
 
 

@@ -81,7 +81,7 @@ def test_the_samples_of_every_step_are_written_on_request(finished):
 
 def test_its_weights_evaluate_to_the_same_numbers_and_export(finished, tmp_path, capsys):
     from albef_ds.__main__ import main
-    from albef_ds.model.reference_weights import read_state_dict
+    from albef_ds.model.weight_files import read_state_dict
 
     run, _ = finished
     assert main(["evaluate", str(run.parent / "recipe.yaml"), str(run / "albef.pth")]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 
 import deepspeed
@@ -22,9 +23,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
         rank, world size, and this rank's device.
     """
     build_cpu_collectives()
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     if "RANK" not in os.environ:
-        os.environ.update({k: os.environ.get(k, v) for k, v in defaults.items()})
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
+            os.environ.setdefault(name, value)
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -32,6 +34,13 @@ def init_distributed() -> tuple[int, int, torch.device]:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _free_port() -> int:
+    """Two single processes on one machine must not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict:

@@ -67,23 +67,44 @@ BAD = [
     *[("grounding", f'"{key}" ', {key: value}, why) for key in ("image", "text") for why, value in TEXTLESS],
     *[("vqa", f'"{key}" ', {key: value}, why) for key in ("image", "question") for why, value in TEXTLESS],
     *[("vqa", '"question_id" is', {"question_id": value}, "whole number") for value in ("3", True, 1.5, [3])],
-    *[("vqa", '"answer" holds no text', {"answer": a}, "expected a text") for a in (..., None, "", " ", [], [7, ""], {})],
+    *[
+        ("vqa", '"answer" holds no text', {"answer": a}, "expected a text")
+        for a in (..., None, "", " ", [], [7, ""], {})
+    ],
     *[("vqa test", '"answer" holds no text', {"answer": a}, "expected a text") for a in ("", [], [None])],
     *[("entailment", f'"{key}" ', {key: value}, why) for key in ("image", "sentence") for why, value in TEXTLESS],
-    *[("entailment", '"label" is', {"label": v}, "contradiction, neutral, entailment") for v in (..., None, "-", 1, [])],
+    *[
+        ("entailment", '"label" is', {"label": v}, "contradiction, neutral, entailment")
+        for v in (..., None, "-", 1, [])
+    ],
     ("entailment test", '"label" is', {"label": "-"}, "contradiction, neutral, entailment"),
-    *[("nlvr", '"images" must be', {"images": v}, "two paths") for v in (..., "a", ["a"], ["a", ""], ["a", 1], ["a"] * 3)],
+    *[
+        ("nlvr", '"images" must be', {"images": v}, "two paths")
+        for v in (..., "a", ["a"], ["a", ""], ["a", 1], ["a"] * 3)
+    ],
     *[("nlvr", '"sentence" ', {"sentence": value}, why) for why, value in TEXTLESS],
     *[("nlvr", '"label" is', {"label": v}, "False, True") for v in (..., "true", 1, "neutral")],
     *[("referring", f'"{key}" ', {key: value}, why) for key in ("image", "text") for why, value in TEXTLESS],
     *[("referring", '"width" and "height"', {"width": v}, "size in pixels") for v in (..., 0, -1, 2.5, True, "9")],
     *[
         ("referring", '"box"', {"box": v}, "[x, y, width, height]")
-        for v in (..., None, [1, 2, 3], [1, 2, 3, "4"], [1, 2, 3, math.nan], [1, 2, math.inf, 4], [1, 2, 3, True], "1234")
+        for v in (
+            ...,
+            None,
+            [1, 2, 3],
+            [1, 2, 3, "4"],
+            [1, 2, 3, math.nan],
+            [1, 2, math.inf, 4],
+            [1, 2, 3, True],
+            "1234",
+        )
     ],
     ("referring", '"box"', {"box": [1, 2, 3, 10**400]}, "[x, y, width, height]"),
     ("referring", '"proposals" must be', {"proposals": {}}, "list of boxes"),
-    *[("referring", '"proposals"', {"proposals": [[1, 2, 3, 4], v]}, "[x, y, width") for v in (None, [1], [math.nan] * 4)],
+    *[
+        ("referring", '"proposals"', {"proposals": [[1, 2, 3, 4], v]}, "[x, y, width")
+        for v in (None, [1], [math.nan] * 4)
+    ],
 ]
 
 
@@ -193,7 +214,11 @@ def test_roots_go_by_the_data_set(tmp_path):
 
 def test_labels_are_the_references_numbers(tmp_path):
     labels = ["entailment", "contradiction", "neutral"]
-    assert [e.label for e in read(tmp_path, "entailment", *[changed("entailment", label=v) for v in labels])] == [2, 0, 1]
+    assert [e.label for e in read(tmp_path, "entailment", *[changed("entailment", label=v) for v in labels])] == [
+        2,
+        0,
+        1,
+    ]
     labels = ["True", "False", True, False]
     assert [e.label for e in read(tmp_path, "nlvr", *[changed("nlvr", label=v) for v in labels])] == [1, 0, 1, 0]
     assert [e.label for e in read(tmp_path, "nlvr test", GOOD["nlvr test"], GOOD["nlvr"])] == [-1, 1]

@@ -111,7 +111,7 @@ def test_a_sample_is_augmented_anew_in_every_epoch_and_equally_at_every_start(re
 @pytest.fixture
 def damaged(tmp_path, world):
     """Retrieval over twelve sound images, one that is cut short and one that is not there."""
-    sound = sorted((world.root / p["image"] for p in json.loads(world.train.read_text())))[:12]
+    sound = sorted(world.root / p["image"] for p in json.loads(world.train.read_text()))[:12]
     entries = []
     for i, path in enumerate(sound):
         shutil.copy(path, tmp_path / f"good{i}.jpg")

@@ -51,7 +51,9 @@ def test_pairs_carry_their_ids(folder, tokenizer):
 
 def test_two_images_a_text_come_left_ones_first(folder, tokenizer):
     names = [("red", "green"), ("blue", "red"), ("green", "blue")]
-    entries = [LabelledEntry((f"{a}.png", f"{b}.png"), str(folder), "a circle", i % 2) for i, (a, b) in enumerate(names)]
+    entries = [
+        LabelledEntry((f"{a}.png", f"{b}.png"), str(folder), "a circle", i % 2) for i, (a, b) in enumerate(names)
+    ]
     samples = LabelledSamples(entries, tokenizer, EvalTransform(8))
     chosen = loaded(samples, 0, 1, 2)
     batch = samples.collate(chosen)
@@ -85,7 +87,9 @@ def test_questions_bring_their_answers_weights_and_counts(folder, tokenizer):
 
 def test_questions_are_cleaned_less_than_captions(folder, tokenizer):
     raw = "What's  this/that?  "
-    [sample] = loaded(QuestionSamples([QuestionEntry(("red.png",), str(folder), raw, 0, (), ())], tokenizer, EvalTransform(8)), 0)
+    [sample] = loaded(
+        QuestionSamples([QuestionEntry(("red.png",), str(folder), raw, 0, (), ())], tokenizer, EvalTransform(8)), 0
+    )
     assert sample.ids == tokenizer.encode([clean_question(raw)], 30)[0]
     assert clean_question(raw) == "whats  this that" and clean_caption(raw) == "whats this that"
     assert clean_question("one two three", 2) == "one two"

@@ -1,20 +1,29 @@
-"""The reference's checkpoints go in and come out; stock timm and Hugging Face models read ours by name."""
+"""The reference's checkpoints of every task go in, come out and serve as another task's start; others are refused."""
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
+from albef_ds.config import VisionConfig
 from albef_ds.model.reference_weights import load_reference, to_reference
-from albef_ds.model.single_modality import load_bert, load_timm
+from albef_ds.model.vision import build_vision_encoder, fit_position_embeddings
 from albef_ds.model.weight_files import WeightsError, read_state_dict
 from albef_ds.tasks.pretraining import Pretraining
-from tests.golden_cases import GOLDEN, GoldenCase
-from tests.tiny import tiny_batch, tiny_model
+from albef_ds.tasks.registry import TASKS
+from albef_ds.tasks.task import Task
+from tests.golden_cases import GOLDEN, GOLDEN_OTHER, SHIPPED, GoldenCase
+from tests.tiny import tiny_model
+
+CASES = [GoldenCase(folder, name) for folder, names in SHIPPED.items() for name in names]
+STARTS = ("retrieval", "vqa", "entailment", "text_assignment", "nlvr")  # what pretrain.pth was loaded into
+# Text assignment has these in the reference, trains none of them, and does without them here.
+UNUSED = {"text_assignment": {"temp", "text_proj.weight", "text_proj.bias"}}
 
 
 @pytest.fixture
@@ -28,13 +37,87 @@ def loaded(state, **changes) -> Pretraining:
     return task
 
 
-def test_a_reference_checkpoint_goes_in_and_comes_out_equal(recorded, tmp_path):
-    task = loaded(recorded)
-    torch.save({"model": to_reference(task.model, task.teacher, task.queue), "epoch": 0}, tmp_path / "out.pth")
+def exported(task: Task) -> dict[str, torch.Tensor]:
+    return to_reference(task.model, task.teacher, getattr(task, "queue", None))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_reference_checkpoint_goes_in_and_comes_out_equal(case, tmp_path):
+    torch.save({"model": exported(case.build()), "epoch": 0}, tmp_path / "out.pth")
     written = read_state_dict(tmp_path / "out.pth")
-    assert written.keys() == recorded.keys()
-    for name, value in recorded.items():
-        assert written[name].dtype == value.dtype and torch.equal(written[name], value), name
+    assert case.state.keys() - written.keys() == UNUSED.get(case.task, set())
+    assert not written.keys() - case.state.keys()
+    for name, value in written.items():
+        assert value.dtype == case.state[name].dtype and torch.equal(value, case.state[name]), name
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_pretrained_weights_start_every_task_as_in_the_reference(name, caplog):
+    """x_from_pretrain.json: shape, sum and sum of squares of all weights, after the reference's own renaming."""
+    pretrained = GoldenCase(GOLDEN_OTHER, "pretrain")
+    recorded = json.loads((GOLDEN_OTHER / f"{name}_from_pretrain.json").read_text())
+    task = TASKS[name](pretrained.model_config())
+    random = {key: value.clone() for key, value in exported(task).items()}
+    with caplog.at_level(logging.WARNING):
+        load_reference(pretrained.state, task.model, task.teacher, getattr(task, "queue", None), "pretrain.pth")
+    found = exported(task)
+    assert recorded["sums"].keys() - found.keys() <= UNUSED.get(name, set())
+    assert found.keys() - recorded["sums"].keys() == set(recorded["missing"])
+    for key, (shape, total, squares) in recorded["sums"].items():
+        if key in found:
+            value = found[key].double()
+            assert list(value.shape) == shape, key
+            assert value.sum().item() == pytest.approx(total, rel=1e-6, abs=1e-6), key
+            assert value.square().sum().item() == pytest.approx(squares, rel=1e-6), key
+    for key in recorded["missing"]:  # start as they would without any checkpoint, the teacher's as the student's
+        assert torch.equal(found[key], random[key.replace("_head_m", "_head")]), key
+    heads = {key.split(".")[0] for key in recorded["missing"] if "head" in key} - {"cls_head_m"}
+    assert all(f"no {head} of this task: it starts at random" in caplog.text for head in heads)
+
+
+def test_weights_of_text_assignment_start_nlvr_and_its_teacher():
+    """The reference copies the teacher before it loads the student; here the teacher starts as the student."""
+    prepared = GoldenCase(GOLDEN_OTHER, "text_assignment")
+    task = TASKS["nlvr"](prepared.model_config())
+    load_reference(prepared.state, task.model, task.teacher, None, "text_assignment.pth")
+    found = exported(task)
+    taken = {key for key in found if not key.startswith("cls_head") and "_m." not in key}
+    assert taken == {key for key in prepared.state if key.startswith(("visual_encoder.", "text_encoder."))}
+    assert all(torch.equal(found[key], prepared.state[key]) for key in taken)
+    assert all(torch.equal(p, task.model.get_parameter(n)) for n, p in task.teacher.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["vqa", "entailment", "nlvr"])
+def test_without_momentum_copies_the_teacher_equals_the_loaded_student(name):
+    case = GoldenCase(GOLDEN_OTHER, name)
+    task = TASKS[name](case.model_config())
+    bare = {key: value for key, value in case.state.items() if "_m." not in key}
+    load_reference(bare, task.model, task.teacher, None, "bare.pth")
+    assert torch.equal(task.model.visual_encoder.pos_embed, case.state["visual_encoder.pos_embed"])
+    assert all(torch.equal(p, task.model.get_parameter(n)) for n, p in task.teacher.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["vqa", "entailment", "nlvr", "text_assignment"])
+def test_without_distillation_there_is_no_teacher_to_load_into_or_to_write(name):
+    case = GoldenCase(GOLDEN_OTHER, name)
+    task = case.build(distill=False)
+    assert task.teacher is None
+    written = exported(task)
+    assert written.keys() == {key for key in case.state if "_m." not in key} - UNUSED.get(name, set())
+    assert all(torch.equal(value, case.state[key]) for key, value in written.items())
+
+
+def test_the_ids_of_the_queue_are_taken_over():
+    case = GoldenCase(GOLDEN, "retrieval")
+    task = TASKS["retrieval"](case.model_config())
+    numbers = torch.arange(task.queue.length)
+    load_reference(case.state | {"idx_queue": numbers[None]}, task.model, task.teacher, task.queue, "retrieval.pth")
+    assert torch.equal(task.queue.ids, numbers)
+    from_pretraining = TASKS["retrieval"](GoldenCase(GOLDEN, "pretrain").model_config())
+    state = GoldenCase(GOLDEN, "pretrain").state
+    load_reference(state, from_pretraining.model, from_pretraining.teacher, from_pretraining.queue, "pretrain.pth")
+    assert torch.equal(from_pretraining.queue.image.T, state["image_queue"])
+    assert (from_pretraining.queue.ids == -100).all()  # nobody's positives
 
 
 def test_a_stripped_checkpoint_makes_the_teacher_a_copy_and_says_so(recorded, caplog):
@@ -42,7 +125,8 @@ def test_a_stripped_checkpoint_makes_the_teacher_a_copy_and_says_so(recorded, ca
     stripped = {k: v for k, v in recorded.items() if "_m." not in k and k not in queues}
     with caplog.at_level(logging.WARNING):
         task = loaded(stripped)
-    assert "no momentum copies" in caplog.text and "no queues" in caplog.text
+    assert "no momentum copy of visual_encoder, vision_proj, text_encoder, text_proj" in caplog.text
+    assert "no queues" in caplog.text
     assert all(torch.equal(p, task.model.get_parameter(n)) for n, p in task.teacher.named_parameters())
 
 
@@ -66,6 +150,46 @@ def test_another_models_checkpoint_is_refused_with_names(recorded):
         load_reference(recorded, small.model, small.teacher, small.queue, "wrong.pth")
     with pytest.raises(WeightsError, match="missing: itm_head.weight"):
         loaded({k: v for k, v in recorded.items() if k != "itm_head.weight"})
+    with pytest.raises(WeightsError, match="unknown: what.is_this"):
+        loaded(recorded | {"what.is_this": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("vqa", "text_decoder.bert.encoder.layer.1.crossattention.self.key.weight"),
+        ("nlvr", "text_encoder.encoder.layer.3.attention.self.query.weight"),
+        ("entailment", "visual_encoder.cls_token"),
+        ("entailment", "visual_encoder_m.cls_token"),
+        ("vqa", "text_decoder_m.bert.embeddings.LayerNorm.bias"),
+    ],
+)
+def test_a_checkpoint_with_a_hole_is_refused_for_every_task(name, lost):
+    case = GoldenCase(GOLDEN_OTHER, name)
+    task = TASKS[name](case.model_config())
+    state = {key: value for key, value in case.state.items() if key != lost}
+    named = lost.replace("_m.", ".").replace("text_encoder.encoder", "text_encoder.bert.encoder")
+    with pytest.raises(WeightsError, match=f"holed.pth: not a checkpoint of this model .missing: {named}"):
+        load_reference(state, task.model, task.teacher, None, "holed.pth")
+
+
+def test_a_model_of_other_layers_is_not_taken_for_a_pair_model():
+    """Twice each fusion layer is made of as many layers as pre-training has, and of no other number."""
+    case = GoldenCase(GOLDEN_OTHER, "pretrain")
+    last = f"text_encoder.bert.encoder.layer.{case.model_config().text.layers - 1}."
+    task = TASKS["nlvr"](case.model_config())
+    state = {key: value for key, value in case.state.items() if not key.startswith(last)}
+    with pytest.raises(WeightsError, match="missing: text_encoder.bert.encoder.layer"):
+        load_reference(state, task.model, task.teacher, None, "shorter.pth")
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7])
+def test_position_embeddings_are_resampled_as_in_the_reference(grid):
+    with np.load(GOLDEN_OTHER / "pos_embed.npz") as recorded:
+        source, expected = (torch.from_numpy(recorded[key]) for key in ("source", f"grid{grid}"))
+    encoder = build_vision_encoder(VisionConfig(image_size=16 * grid, width=source.shape[2], layers=1, heads=4))
+    found = fit_position_embeddings({"visual_encoder.pos_embed": source}, encoder, "visual_encoder.")
+    torch.testing.assert_close(found["visual_encoder.pos_embed"], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_position_embeddings_fit_another_image_size(recorded):
@@ -99,74 +223,3 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, contents):
         read_state_dict(path)
     with pytest.raises(WeightsError, match="no such weights file"):
         read_state_dict(tmp_path / "absent.pth")
-
-
-def stock_vit():
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0).eval()
-
-
-def stock_bert(layers: int):
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = dict(hidden_size=24, num_hidden_layers=layers, num_attention_heads=3, intermediate_size=40)
-    config = BertConfig(vocab_size=61, max_position_embeddings=16, **sizes)
-    return BertForMaskedLM(config).eval()
-
-
-def test_our_checkpoint_read_by_name_gives_equal_features_in_stock_models(tmp_path):
-    torch.manual_seed(0)
-    task = Pretraining(tiny_model()).eval()
-    torch.save({"model": to_reference(task.model, task.teacher, task.queue)}, tmp_path / "albef.pth")
-    state = read_state_dict(tmp_path / "albef.pth")
-    batch = tiny_batch(4)
-    vit, bert = stock_vit(), stock_bert(layers=1)  # BERT's text layers only: it knows no cross-attention
-    vit.load_state_dict(
-        {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
-    )
-    named = {k.removeprefix("text_encoder."): v for k, v in state.items() if k.startswith("text_encoder.")}
-    missing, _ = bert.load_state_dict(named, strict=False)
-    assert not [k for k in missing if not k.startswith("cls.predictions.decoder")]
-
-    image_embeds, image_feat = task.model.encode_image(batch.images)
-    text_embeds, text_feat = task.model.encode_text(batch.text)
-    theirs = vit.forward_features(batch.images)
-    torch.testing.assert_close(image_embeds, theirs, atol=1e-5, rtol=1e-5)
-    projected = F.linear(theirs[:, 0], state["vision_proj.weight"], state["vision_proj.bias"])
-    torch.testing.assert_close(image_feat, F.normalize(projected, dim=-1), atol=1e-5, rtol=1e-5)
-    starts = batch.text.cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
-        hidden = bert.bert(batch.text.input_ids[None, start:end]).last_hidden_state[0]
-        torch.testing.assert_close(text_embeds[start:end], hidden, atol=1e-5, rtol=1e-5)
-        projected = F.linear(hidden[0], state["text_proj.weight"], state["text_proj.bias"])
-        torch.testing.assert_close(text_feat[i], F.normalize(projected, dim=-1), atol=1e-5, rtol=1e-5)
-
-
-def test_starting_from_a_local_timm_file_and_a_local_bert_folder(tmp_path, caplog):
-    torch.manual_seed(0)
-    vit, bert = stock_vit(), stock_bert(layers=3)
-    torch.save({"model": vit.state_dict() | {"head.weight": torch.zeros(5, 24)}}, tmp_path / "vit.pth")
-    bert.save_pretrained(tmp_path / "bert")
-    model = Pretraining(tiny_model()).model
-    with caplog.at_level(logging.WARNING):
-        load_timm(model, str(tmp_path / "vit.pth"))
-        load_bert(model, str(tmp_path / "bert"))
-    assert torch.equal(model.visual_encoder.blocks[1].mlp.fc2.weight, vit.blocks[1].mlp.fc2.weight)
-    for layer in range(3):
-        mine = model.text_encoder.bert.encoder.layer[layer].attention.self.query.weight
-        assert torch.equal(mine, bert.bert.encoder.layer[layer].attention.self.query.weight)
-    assert torch.equal(
-        model.text_encoder.cls.predictions.transform.dense.weight, bert.cls.predictions.transform.dense.weight
-    )
-    # What was not loaded is said, by name.
-    assert "NOT loaded, stay random" in caplog.text and "crossattention" in caplog.text
-    assert "in the file but not in this model: head.weight" in caplog.text
-
-
-def test_weights_that_fit_nowhere_are_refused(tmp_path):
-    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="not one of its 1 tensors fits"):
-        load_timm(Pretraining(tiny_model()).model, str(tmp_path / "x.pth"))
-    with pytest.raises(WeightsError, match="model.text.weights: /nowhere"):
-        load_bert(Pretraining(tiny_model()).model, "/nowhere/at/all")
