@@ -105,6 +105,9 @@ class DataConfig(_Section):
     answer_list: str | None = None  # VQA: the answers to choose from, a JSON list; None: answers are written freely
     test_annotations: str | None = None  # VQA: the official file of what the annotators said, for the accuracy
     vg_weight: float = Field(0.5, gt=0)  # VQA: of the one answer to a Visual Genome question
+    # VQA and entailment: questions or sentences of an image in a batch. Above 1 an image is read once for all of them;
+    # train.global_batch then counts images.
+    texts_per_image: int = Field(1, gt=0)
     tokenizer: str = "bert-base-uncased"  # a hub name, a folder or a vocab.txt
     sep_token: bool = False  # the reference's tokenizer emits no [SEP]
     max_words: int = Field(30, gt=0)

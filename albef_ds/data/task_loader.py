@@ -8,11 +8,20 @@ from albef_ds.config import Config, ConfigError
 from albef_ds.data.annotations import read_pairs
 from albef_ds.data.augment import TrainTransform
 from albef_ds.data.task_entries import captions_by_id, hypotheses, phrases, questions, read_entries, statements
-from albef_ds.data.task_samples import CaptionedSamples, LabelledSamples, PairSamples, QuestionSamples, TaskSamples
+from albef_ds.data.task_samples import (
+    CaptionedSamples,
+    LabelledSamples,
+    PairSamples,
+    QuestionSamples,
+    TaskSamples,
+    TextsByImage,
+)
 from albef_ds.data.tokenizer import CaptionTokenizer
 
+SHARE_IMAGES = ("vqa", "entailment")
 
-def build_samples(config: Config, tokenizer: CaptionTokenizer, transform: TrainTransform) -> TaskSamples:
+
+def build_samples(config: Config, tokenizer: CaptionTokenizer, transform: TrainTransform) -> TaskSamples | TextsByImage:
     """Reads data.train as the task wants it.
 
     Raises:
@@ -34,7 +43,12 @@ def build_samples(config: Config, tokenizer: CaptionTokenizer, transform: TrainT
         "entailment": (LabelledSamples, hypotheses()),
         "nlvr": (LabelledSamples, statements()),
     }[task]
-    return kind(read_entries(data.train, parse, image_roots(config)), tokenizer, transform, **text)
+    samples = kind(read_entries(data.train, parse, image_roots(config)), tokenizer, transform, **text)
+    if data.texts_per_image == 1:
+        return samples
+    if task not in SHARE_IMAGES:
+        raise ConfigError(f"data.texts_per_image is for {' and '.join(SHARE_IMAGES)}, not for {task}")
+    return TextsByImage.over(samples, data.texts_per_image)
 
 
 def image_roots(config: Config) -> Mapping[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -71,9 +71,56 @@ class TaskSamples:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class GroupSample:
+    """Several texts about one image."""
+
+    samples: tuple[TaskSample, ...]  # the first of them has the image
+
+    @property
+    def key(self) -> str:
+        return self.samples[0].key
+
+
+@dataclass(frozen=True)
+class TextsByImage:
+    """Samples of one image's texts, `each` at a time, so that the image is read once for all of them; drawn anew every
+    time, again where an image has fewer."""
+
+    samples: TaskSamples
+    each: int
+    groups: tuple[np.ndarray, ...]  # numbers of the entries of each image
+
+    @classmethod
+    def over(cls, samples: TaskSamples, each: int) -> TextsByImage:
+        groups: dict[tuple, list[int]] = {}
+        for i, entry in enumerate(samples.entries):
+            groups.setdefault((entry.root, entry.images), []).append(i)
+        return cls(samples, each, tuple(np.array(group) for group in groups.values()))
+
+    @property
+    def entries(self) -> Sequence:
+        return self.samples.entries
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def load(self, index: int, rng: np.random.Generator) -> GroupSample:
+        group, inner = self.groups[index], self.samples
+        first = inner.load(int(group[0]), rng)  # for its image
+        drawn = rng.choice(group, self.each, replace=len(group) < self.each)
+        entries = [inner.entries[int(i)] for i in drawn]
+        texts = [TaskSample((), inner.tokens(e.text), e, inner.answers(e)) for e in entries]
+        return GroupSample((replace(texts[0], images=first.images), *texts[1:]))
+
+    def collate(self, groups: list[GroupSample], **loaded) -> Loaded:
+        return self.samples.collate([sample for group in groups for sample in group.samples], **loaded)
+
+
 def stacked(samples: Sequence[TaskSample]) -> Tensor:
-    """[B, 3, R, R]; where samples have two images, all first ones and then all second ones."""
-    sides = zip(*(sample.images for sample in samples), strict=True)
+    """[B, 3, R, R]; where samples have two images, all first ones and then all second ones. Samples without an image
+    share that of the one before."""
+    sides = zip(*(sample.images for sample in samples if sample.images), strict=True)
     return torch.stack([image for side in sides for image in side])
 
 

@@ -104,13 +104,14 @@ def examine_run(read: recipe.Read, where: Where, args: argparse.Namespace) -> li
         total_steps = total_steps or config.train.epochs * (samples // config.train.global_batch) or None
     if config.model.text.vocab_size is None:  # the tokeniser that would say it cannot be read
         return findings
-    needed = sizes.sizes_of(config)
+    needed, available = sizes.sizes_of(config), sizes.available_memory()
     if plan is not None and read.deepspeed is not None:
-        smallest = min((gpu.memory for gpu in where.gpus), default=None)
-        if args.gpu_gib is not None:
-            smallest = int(args.gpu_gib * sizes.GIB)
-        findings.append(sizes.check_memory(config, read.deepspeed, plan, needed, None if read.on_cpu else smallest))
-    available = sizes.available_memory()
+        room = min((gpu.memory for gpu in where.gpus), default=None)
+        if read.on_cpu:
+            room = available // where.local_ranks
+        elif args.gpu_gib is not None:
+            room = int(args.gpu_gib * sizes.GIB)
+        findings.append(sizes.check_memory(config, read.deepspeed, plan, needed, room, read.on_cpu))
     findings.append(sizes.check_host_memory(needed, available, where.local_ranks, where.world_size))
     if int(os.environ.get("RANK", 0)) == 0:
         findings += sizes.check_disk(Path(config.output_dir), config, needed, total_steps)

@@ -18,6 +18,7 @@ from albef_ds.training.dry_run import ANSWER_TOKENS, ANSWERS
 
 GIB = 2**30
 CONTEXT = 1.5 * GIB  # CUDA's context, NCCL's buffers, cuBLAS's workspaces: a usual size
+PROCESS = 0.6 * GIB  # Python with torch and DeepSpeed, on a CPU
 TIGHT = 0.85  # of a GPU's memory: the allocator's fragments want some too
 TRIAL = 64 * 2**20  # bytes written to see how fast the disk is
 SLOW_SAVE = 600.0  # seconds
@@ -57,18 +58,19 @@ def sizes_of(config: Config) -> Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU, by what they are for."""
+    """Bytes of one rank, by what they are for."""
 
     state: float
     activations: float
     buckets: float
+    context: float
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.buckets + CONTEXT
+        return self.state + self.activations + self.buckets + self.context
 
 
-def estimate(config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes) -> Memory:
+def estimate(config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes, context: float = CONTEXT) -> Memory:
     """The dry run's arithmetic of the state, and a rule of thumb for the rest; the dry run itself measures it."""
     zero = deepspeed.get("zero_optimization", {})
     autocast = bool(deepspeed.get("torch_autocast", {}).get("enabled"))
@@ -79,7 +81,9 @@ def estimate(config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes) 
     if autocast:
         state += 2 * (sizes.student + sizes.teacher)  # weights cast to bf16, kept through a forward pass
     buckets = (2 if zero.get("overlap_comm") else 1) * 4 * zero.get("reduce_bucket_size", 5e8)
-    return Memory(state, plan.micro_batch * activation_bytes(config, autocast), min(buckets, 8 * sizes.student))
+    return Memory(
+        state, plan.micro_batch * activation_bytes(config, autocast), min(buckets, 8 * sizes.student), context
+    )
 
 
 def activation_bytes(config: Config, autocast: bool) -> float:
@@ -114,33 +118,34 @@ def offloads(deepspeed: Mapping) -> bool:
 
 
 def check_memory(
-    config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes, smallest: int | None, name: str = "GPU"
+    config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes, room: int | None, on_cpu: bool = False
 ) -> Finding:
-    """smallest: bytes of the smallest GPU; None: not known, the estimate is told and nothing judged."""
+    """room: bytes of the smallest GPU, or a rank's share of the host's; None: not known, nothing is judged."""
 
     def needed(micro_batch: int) -> Memory:
-        return estimate(config, deepspeed, plan.model_copy(update={"micro_batch": micro_batch}), sizes)
+        changed = plan.model_copy(update={"micro_batch": micro_batch})
+        return estimate(config, deepspeed, changed, sizes, PROCESS if on_cpu else CONTEXT)
 
     memory = needed(plan.micro_batch)
     shown = (
         f"estimate {memory.total / GIB:.1f} GiB a rank: state {memory.state / GIB:.1f}, activations of "
         f"{plan.micro_batch} samples {memory.activations / GIB:.1f}, buckets {memory.buckets / GIB:.1f}, context "
-        f"{CONTEXT / GIB:.1f}"
+        f"{memory.context / GIB:.1f}"
     )
-    if smallest is None:
+    if room is None:
         return ok("memory", f"{shown}; --dry-run measures it")
-    shown += f"; the {name} has {smallest / GIB:.1f}"
-    if memory.total <= TIGHT * smallest:
+    shown += f"; {'a rank' if on_cpu else 'the GPU'} has {room / GIB:.1f}"
+    if memory.total <= TIGHT * room:
         return ok("memory", shown)
     share = plan.micro_batch * plan.accumulation
-    fitting = [m for m in range(plan.micro_batch, 0, -1) if share % m == 0 and needed(m).total <= TIGHT * smallest]
+    fitting = [m for m in range(plan.micro_batch, 0, -1) if share % m == 0 and needed(m).total <= TIGHT * room]
     if fitting:
-        advice = f"train.micro_batch={fitting[0]} (the same step, accumulated); --dry-run on the GPU measures it"
+        advice = f"train.micro_batch={fitting[0]} (the same step, accumulated); --dry-run measures it"
     elif config.train.activation_checkpointing:
         advice = "more ranks divide the state further; train.deepspeed=zero2_offload moves most of it to the host"
     else:
         advice = "train.activation_checkpointing=true; then train.deepspeed=zero2_offload"
-    return (warning if memory.total <= smallest else problem)("memory", shown, advice)
+    return (warning if memory.total <= room else problem)("memory", shown, advice)
 
 
 def check_host_memory(sizes: Sizes, available: int, local_ranks: int, world_size: int) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -76,9 +77,11 @@ def check_compilers(offload: bool) -> Iterator[Finding]:
     else:
         text = "no C++ compiler: Triton's kernels on a GPU, and DeepSpeed's operators on a CPU, are compiled when used"
         yield problem("compiler", text, "install gcc and g++ (build-essential), or set CC and CXX")
-    # `python -m ninja` and DeepSpeed alike look for the program, which stands beside this Python.
-    if shutil.which("ninja") or Path(sys.executable).with_name("ninja").is_file():
-        yield ok("ninja", "found")
+    first = shutil.which("ninja")
+    beside = Path(sys.executable).with_name("ninja")
+    if first or beside.is_file():
+        found = {str(path): ninja_version(path) for path in (first, beside) if path and Path(path).is_file()}
+        yield judge_ninja(found)
     else:
         text = "not found: DeepSpeed cannot build its operators"
         yield (problem if builds else warning)("ninja", text, "pip install ninja")
@@ -90,6 +93,23 @@ def check_compilers(offload: bool) -> Iterator[Finding]:
             yield problem("nvcc", "no CUDA toolkit: DeepSpeed builds its CPU Adam (offload_optimizer) with it", advice)
         else:
             yield ok("nvcc", f"CUDA toolkit in {CUDA_HOME}")
+
+
+def ninja_version(path: str | Path) -> str:
+    try:
+        return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "that does not start"
+
+
+def judge_ninja(versions: dict[str, str]) -> Finding:
+    """versions: of the one that PATH gives and of the one beside this Python. 1.12 changed how built files are noted:
+    an older one and a newer one build everything again after each other, at every start that finds the other's."""
+    shown = ", ".join(f"{path} {version}" for path, version in versions.items())
+    if len(set(versions.values())) <= 1:
+        return ok("ninja", shown)
+    text = f"{shown}: whichever comes second builds DeepSpeed's operators again"
+    return warning("ninja", text, "put the folder of this Python first in PATH (activate the environment), everywhere")
 
 
 def extension_folders() -> list[Path]:

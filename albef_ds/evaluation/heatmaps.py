@@ -33,8 +33,8 @@ class Heatmaps:
 
 
 def default_layer(model: ALBEF) -> int:
-    """The third fusion layer: BERT's layer 8 of 12, as in the reference. Where there are fewer, the last but one: in the
-    last layer the score depends on [CLS] alone, and no other word has a map."""
+    """The third fusion layer: BERT's layer 8 of 12, as in the reference. Where there are fewer, the last but one: in
+    the last layer the score depends on [CLS] alone, and no other word has a map."""
     text = model.config.text
     return max(text.fusion_layer, min(text.fusion_layer + 2, text.layers - 2))
 

@@ -24,18 +24,20 @@ class FusedText(nn.Module):
     text_encoder: TextEncoder
 
     def fuse_all(self, images: Tensor, text: PackedText) -> Tensor:
-        """Text i with image i: hidden states [T, W] of every token."""
+        """Hidden states [T, W] of every token of B texts, text i with image i. Where there are fewer images, the first
+        B / I texts look at image 0, and so on; where the encoder takes two, at images i and I / 2 + i."""
         return self._fuse(images, text, None)
 
     def fuse_first(self, images: Tensor, text: PackedText) -> Tensor:
-        """Text i with image i (or with images i and B + i, where the encoder takes two): its [CLS], [B, W]."""
+        """The same, of each text's [CLS] alone: [B, W]."""
         return self._fuse(images, text, text.cu_seqlens[:-1].long())
 
     def _fuse(self, images: Tensor, text: PackedText, rows: Tensor | None) -> Tensor:
         spans = text_spans(text)
         image_embeds = self.visual_encoder.forward_features(images)
         hidden = self.text_encoder.encode(text.input_ids, text.position_ids, spans)
-        return self.text_encoder.fuse(hidden, FusionPlan.aligned(spans), image_embeds, rows)
+        plan = FusionPlan.grouped(spans, image_embeds.shape[0] // self.text_encoder.images_per_text)
+        return self.text_encoder.fuse(hidden, plan, image_embeds, rows)
 
 
 class ClassifierParts(FusedText):

@@ -44,6 +44,21 @@ class FusionPlan:
         return cls(None, text, text, text.cu_seqlens[:-1].long())
 
     @classmethod
+    def grouped(cls, text: Spans, num_images: int) -> FusionPlan:
+        """As many texts to each image, those of image 0 first: the tokens stay where they are.
+
+        Raises:
+            ValueError: the texts do not divide over the images.
+        """
+        each, rest = divmod(text.num, num_images)
+        if rest:
+            raise ValueError(f"{text.num} texts do not divide over {num_images} images")
+        if each == 1:
+            return cls.aligned(text)
+        groups = Spans(text.cu_seqlens[::each].contiguous(), each * text.max_length, text.num_rows)
+        return cls(None, text, groups, text.cu_seqlens[:-1].long())
+
+    @classmethod
     def build(cls, text: Spans, text_index: Tensor, image_index: Tensor, num_images: int, capacity: int | None = None):
         """Pair j is text text_index[j] with image image_index[j].
 

@@ -14,6 +14,8 @@ class PairTextEncoder(TextEncoder):
     """Every fusion layer twice: the first of a pair looks at the left image, the second at the right one. The two share
     the projections of cross-attention's keys and values and nothing else."""
 
+    images_per_text = 2
+
     def __init__(self, config: TextConfig, image_width: int, backend: str = "auto", mlm_head: bool = False):
         super().__init__(config, image_width, backend, mlm_head)
         for left, right in self._layer_pairs():

@@ -201,6 +201,8 @@ class PackedBert(nn.Module):
 class TextEncoder(PackedBert):
     """BERT split into text and fusion layers, with its MLM head. Everything is packed: [T, W], no padding."""
 
+    images_per_text = 1
+
     def __init__(self, config: TextConfig, image_width: int, backend: str = "auto", mlm_head: bool = True):
         if not 0 < config.fusion_layer < config.layers:
             raise ValueError(

@@ -2,7 +2,7 @@
 
     python -m tests.reliability.faulty 'JSON LIST OF FAULTS' ARGUMENTS OF albef_ds.train
 
-A fault: {"do": what, "rank": whose, "step": when}, and for some {"until": last step}. What:
+A fault: {"do": what, "rank": whose, "step": when}, and for some {"until": last step} or {"phase": of the step}. What:
     kill, stop, hang, raise      this process: SIGKILL, SIGSTOP, stand still, an error, while it computes the step
     term, usr1, term_again       the signal to itself; twice
     nan, nan_constant, nan_grad  the loss not finite; a NaN without a gradient; a NaN gradient of a finite loss
@@ -80,7 +80,7 @@ def main() -> int:
         step_now, furthest = step, max(step, furthest)
         at(self, step, phase)
         for fault in list(faults):
-            if fault["do"] in ACTIONS and fault["step"] == step and phase == "computing":
+            if fault["do"] in ACTIONS and fault["step"] == step and phase == fault.get("phase", "computing"):
                 faults.remove(fault)
                 ACTIONS[fault["do"]]()
 

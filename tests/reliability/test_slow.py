@@ -50,13 +50,17 @@ def test_a_rank_that_ends_with_an_error_is_quoted_by_the_other(tmp_path):
     assert "has ended: LookupError: put in by the test" in ended.outputs[0], ended
 
 
-def test_a_rank_that_hangs_ends_the_run_with_its_name_and_every_stack(tmp_path):
+@pytest.mark.parametrize(
+    ("phase", "named"), [("waiting for its batch", "rank 1 stands"), ("computing", "every rank stands")]
+)
+def test_a_rank_that_hangs_ends_the_run_with_its_name_and_every_stack(tmp_path, phase, named):
+    """While it computes, the others wait for it in the same place: the stacks alone tell them apart."""
     recipe = str(write_recipe(tmp_path))
-    hang = {"do": "hang", "rank": 1, "step": 3}
+    hang = {"do": "hang", "rank": 1, "step": 3, "phase": phase}
     ended = run_faulty([hang], [recipe, "faults.dead_seconds=5", "faults.timeout_minutes=0.2"], tmp_path)
     assert EXIT_RANK_LOST in ended.codes and 0 not in ended.codes and None not in ended.codes, ended
     said = "\n".join(ended.outputs)
-    assert "rank 1 stands still at step 3" in said, ended
+    assert f"{named} still at step 3, {phase}" in said, ended
     assert "Current thread" in said and "faulty.py" in said
 
 
