@@ -105,8 +105,8 @@ class DataConfig(_Section):
     answer_list: str | None = None  # VQA: the answers to choose from, a JSON list; None: answers are written freely
     test_annotations: str | None = None  # VQA: the official file of what the annotators said, for the accuracy
     vg_weight: float = Field(0.5, gt=0)  # VQA: of the one answer to a Visual Genome question
-    # VQA and entailment: questions or sentences of an image in a batch. Above 1 an image is read once for all of them;
-    # train.global_batch then counts images.
+    # VQA, entailment, NLVR2: questions or sentences of an image (or pair) in a batch. Above 1 the image is read once
+    # for all of them; train.global_batch then counts images (or pairs).
     texts_per_image: int = Field(1, gt=0)
     tokenizer: str = "bert-base-uncased"  # a hub name, a folder or a vocab.txt
     sep_token: bool = False  # the reference's tokenizer emits no [SEP]

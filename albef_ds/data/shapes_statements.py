@@ -119,6 +119,15 @@ def draw_statement(
                 return (left, right), sentence
 
 
+def draw_another(pair: tuple[Scene, Scene], true: bool, rng: np.random.Generator) -> str:
+    """A further statement about two scenes that were drawn already, of the kinds that any two scenes can be true and
+    false of: so that the wording does not tell."""
+    while True:
+        sentence = (_in_one, _in_each)[rng.integers(2)](pair, true, rng)
+        if sentence is not None:
+            return sentence
+
+
 def _in_one(pair: tuple[Scene, Scene], true: bool, rng: np.random.Generator) -> str | None:
     described = _of_side(pair, side := int(rng.integers(2)), true, rng)
     return described and f"there is {described} in the {('left', 'right')[side]} image"

@@ -18,13 +18,15 @@ import numpy as np
 from albef_ds.data.shapes_descriptions import pick
 from albef_ds.data.shapes_questions import ANNOTATORS, ANSWERS, draw_answers, draw_questions
 from albef_ds.data.shapes_scene import SIZES, Scene, varied_caption
-from albef_ds.data.shapes_statements import LABELS, draw_hypothesis, draw_phrase, draw_statement
+from albef_ds.data.shapes_statements import LABELS, draw_another, draw_hypothesis, draw_phrase, draw_statement
 from albef_ds.data.shapes_world import ShapesWorld, whole_folder, write_list
 
 VERSION = 1  # of these files; a change of what is asked, said or drawn raises it
 _STREAM = 2  # of random numbers; 0 and 1 are the world's own
 _TASKS = ("retrieval", "vqa", "entailment", "nlvr", "grounding")
-_EACH = {"train": 2, "test": 4}  # questions, hypotheses, statements, phrases for an image
+# Questions, hypotheses, statements, phrases for a training image; a test image has four of each.
+_TRAIN_EACH = {"vqa": 8, "entailment": 8, "nlvr": 4, "grounding": 4}
+_TEST_EACH = 4
 _CAPTIONS = 3  # for a training image
 _VG_SHARE = 0.2  # of the training questions: one answer, in the form of Visual Genome's
 
@@ -64,6 +66,9 @@ class _Source:
     images: tuple[str, ...]
     scenes: tuple[Scene, ...]
     seed: int  # the world's
+
+    def each(self, task: str) -> int:
+        return _TRAIN_EACH[task] if self.split == "train" else _TEST_EACH
 
     def rng(self, task: str, i: int) -> np.random.Generator:
         """Random numbers of this task and scene alone: what is drawn for one changes nothing for another."""
@@ -151,7 +156,7 @@ def _retrieval(source: _Source) -> Iterator[dict]:
 
 
 def _vqa_train(source: _Source) -> Iterator[dict]:
-    each = _EACH[source.split]
+    each = source.each("vqa")
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("vqa", i)
         for k, question in enumerate(draw_questions(scene, each, rng)):
@@ -168,7 +173,7 @@ def _vqa_train(source: _Source) -> Iterator[dict]:
 
 def _vqa_test(source: _Source) -> tuple[list[dict], list[dict]]:
     """(questions, annotations of VQA v2's form in the same order)."""
-    questions, annotations, each = [], [], _EACH[source.split]
+    questions, annotations, each = [], [], source.each("vqa")
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("vqa", i)
         for question in draw_questions(scene, each, rng):
@@ -196,7 +201,7 @@ def _vqa_test(source: _Source) -> tuple[list[dict], list[dict]]:
 
 
 def _entailment(source: _Source) -> Iterator[dict]:
-    each = _EACH[source.split]
+    each = source.each("entailment")
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("entailment", i)
         for k in range(each):
@@ -206,15 +211,20 @@ def _entailment(source: _Source) -> Iterator[dict]:
 
 
 def _nlvr(source: _Source) -> Iterator[dict]:
+    """In training all statements of a scene are about the same pair: they can then share the reading of its images."""
     for i in range(len(source.scenes)):
         rng = source.rng("nlvr", i)
-        for k in range(_EACH[source.split]):
-            pair, sentence = draw_statement(source.scenes, i, k % 2 == 0, rng)
-            yield {"images": [source.images[j] for j in pair], "sentence": sentence, "label": str(k % 2 == 0)}
+        for k in range(source.each("nlvr")):
+            true = (i + k) % 2 == 0
+            if k == 0 or source.split == "test":
+                pair, sentence = draw_statement(source.scenes, i, true, rng)
+            else:
+                sentence = draw_another(tuple(source.scenes[j] for j in pair), true, rng)
+            yield {"images": [source.images[j] for j in pair], "sentence": sentence, "label": str(true)}
 
 
 def _grounding(source: _Source, with_boxes: bool) -> Iterator[dict]:
-    each = _EACH[source.split]
+    each = source.each("grounding")
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("grounding", i)
         for k in range(each):

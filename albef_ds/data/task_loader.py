@@ -18,7 +18,7 @@ from albef_ds.data.task_samples import (
 )
 from albef_ds.data.tokenizer import CaptionTokenizer
 
-SHARE_IMAGES = ("vqa", "entailment")
+SHARE_IMAGES = ("vqa", "entailment", "nlvr")
 
 
 def build_samples(config: Config, tokenizer: CaptionTokenizer, transform: TrainTransform) -> TaskSamples | TextsByImage:
@@ -47,7 +47,7 @@ def build_samples(config: Config, tokenizer: CaptionTokenizer, transform: TrainT
     if data.texts_per_image == 1:
         return samples
     if task not in SHARE_IMAGES:
-        raise ConfigError(f"data.texts_per_image is for {' and '.join(SHARE_IMAGES)}, not for {task}")
+        raise ConfigError(f"data.texts_per_image is for {', '.join(SHARE_IMAGES)}, not for {task}")
     return TextsByImage.over(samples, data.texts_per_image)
 
 

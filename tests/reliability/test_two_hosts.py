@@ -92,7 +92,8 @@ def ended(processes: list[subprocess.Popen], folder: Path, seconds: float = 280)
         time.sleep(0.1)
     codes = [p.poll() for p in processes]
     kill(processes)
-    return Ended(codes, [(folder / f"output_{host}.txt").read_text(errors="replace") for host in (0, 1)])
+    logs = [folder / f"output_{host}.txt" for host in (0, 1)]
+    return Ended(codes, [log.read_text(errors="replace") if log.exists() else "" for log in logs])
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
@@ -141,3 +142,20 @@ def wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen], 
     while not (written.exists() and written.read_text().count("\n") >= steps):
         assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, ended(processes, folder, 0)
         time.sleep(0.05)
+
+
+def test_the_doctor_measures_what_lies_between_the_hosts(hosts, tmp_path):
+    recipe = str(write_recipe(tmp_path))
+    command = [sys.executable, "-m", "albef_ds", "doctor", recipe]
+    found = ended([start(host, command, tmp_path) for host in (0, 1)], tmp_path)
+    assert found.codes == [0, 0], found
+    told = found.outputs[0]
+    assert "2 on 2 hosts: host0, host1" in told and "over 2 ranks on 2 hosts" in told, found
+    assert "every host sees it" in told and "x 2 ranks" in told, found
+
+
+def test_the_doctor_says_that_rank_0_cannot_be_reached(hosts, tmp_path):
+    recipe = str(write_recipe(tmp_path))
+    command = [sys.executable, "-m", "albef_ds", "doctor", recipe]
+    found = ended([start(1, command, tmp_path)], tmp_path)  # nobody starts rank 0
+    assert found.codes == [1] and f"rank 0 at {ADDRESSES[0]}, port {PORT}" in found.outputs[1], found

@@ -31,13 +31,16 @@ def first_batch(config, tokenizer):
     return next(loader.batches())
 
 
-@pytest.mark.parametrize("task", ["vqa", "entailment"])
+@pytest.mark.parametrize("task", ["vqa", "entailment", "nlvr"])
 @pytest.mark.parametrize("each", [2, 3])
 def test_the_loss_is_that_of_the_image_repeated_for_every_text(tmp_path, task, each):
     config, tokenizer = recipe(tmp_path, task, each)
     batch = first_batch(config, tokenizer)
     images = batch.images.shape[0]
-    assert images == config.train.micro_batch and batch.text.num_texts == each * images == len(batch)
+    sides = 2 if task == "nlvr" else 1
+    assert images == sides * config.train.micro_batch
+    images //= sides
+    assert batch.text.num_texts == each * images == len(batch)
     torch.manual_seed(0)
     learner = build_task(config).double().eval()  # without dropout
     learner.start_step(0.4)
@@ -77,8 +80,8 @@ def test_an_epoch_goes_over_images_and_texts_are_drawn_without_repetition_where_
 
 
 def test_other_tasks_say_that_they_do_not_share_images(tmp_path):
-    config, tokenizer = recipe(tmp_path, "nlvr", 2)
-    with pytest.raises(ConfigError, match="texts_per_image is for vqa and entailment, not for nlvr"):
+    config, tokenizer = recipe(tmp_path, "grounding", 2)
+    with pytest.raises(ConfigError, match="texts_per_image is for vqa, entailment, nlvr, not for grounding"):
         first_batch(config, tokenizer)
 
 
