@@ -36,7 +36,7 @@ setup(
     # A top-level package called `kernels` would collide with Hugging Face's of that name.
     packages=[*find_packages(include=["albef_ds", "albef_ds.*"]), "albef_ds.kernels", "albef_ds.ds_configs"],
     package_dir={"albef_ds": "albef_ds", "albef_ds.kernels": "kernels", "albef_ds.ds_configs": "ds_configs"},
-    package_data={"albef_ds": ["configs/*.yaml"], "albef_ds.ds_configs": ["*.json", "*.md"]},
+    package_data={"albef_ds": ["configs/*.yaml"], "albef_ds.ds_configs": ["*.json", "*.md", "launch/*"]},
     install_requires=RUNTIME,
     extras_require={
         "dali": DALI,

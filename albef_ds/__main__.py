@@ -1,4 +1,4 @@
-"""The command line: python -m albef_ds demo | data … | evaluate … | convert … | search … | report …"""
+"""The command line: python -m albef_ds demo | downstream | doctor | data | evaluate | checkpoint | convert | serve | …"""
 
 from __future__ import annotations
 

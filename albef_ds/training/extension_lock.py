@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def build_cpu_collectives() -> None:
         return
     from torch.utils import cpp_extension
 
+    # Two versions of ninja rebuild each other's files at every start: always the one beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with building(Path(cpp_extension._get_build_directory(builder.name, False))):
         builder.load(verbose=False)  # DeepSpeed, which wants it next, finds it loaded
 

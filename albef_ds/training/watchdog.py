@@ -7,7 +7,7 @@ a slow checkpoint is no silence. A second thread judges:
 - the store does not answer: rank 0 is, or its machine cannot be reached;
 - a rank left with an error, and this one is still waiting for it after `dead_seconds`;
 - this rank's own training loop stands still for `timeout_minutes`: some rank hangs. The rank that got least far is
-  named, and the stack of every thread is written to stderr.
+  named (every rank, where all got equally far), and the stack of every thread is written to stderr.
 
 The judge ends the process with EXIT_RANK_LOST, from its own thread, whatever the main thread waits for. The same holds
 under gloo and NCCL. Should the threads fail too, the process group's timeout (the two times together) is behind them.
