@@ -1,4 +1,4 @@
-"""The command line: python -m albef_ds demo | downstream | doctor | data | evaluate | checkpoint | convert | serve | …"""
+"""The command line: python -m albef_ds demo | downstream | doctor | data | evaluate | checkpoint | convert | …"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     downstream.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to all of its recipes")
     downstream.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished demo's folder")
     downstream.add_argument("--output", type=Path, default=Path("runs/downstream"))
-    downstream.add_argument("--tasks", nargs="+", help="retrieval, vqa, entailment, nlvr, grounding (default: all)")
+    downstream.add_argument("--tasks", default="all", help="separated by commas (default: all)")
     downstream.add_argument("--no-scratch", action="store_true", help="leave out the runs without pre-training")
     downstream.set_defaults(run=run_downstream)
 
@@ -76,9 +76,9 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_downstream(args: argparse.Namespace) -> int:
-    from albef_ds.downstream import MEASURES, downstream
+    from albef_ds.downstream import downstream, tasks_named
 
-    return downstream(args.demo, args.output, args.tasks or tuple(MEASURES), not args.no_scratch, args.overrides)
+    return downstream(args.demo, args.output, tasks_named(args.tasks), not args.no_scratch, args.overrides)
 
 
 def run_shapes(args: argparse.Namespace) -> None:

@@ -37,6 +37,15 @@ MEASURES = {
 }
 
 
+def tasks_named(names: str) -> tuple[str, ...]:
+    """`all`, or names separated by commas. Raises ConfigError for one that is none."""
+    tasks = tuple(MEASURES) if names == "all" else tuple(name.strip() for name in names.split(","))
+    unknown = [task for task in tasks if task not in MEASURES]
+    if unknown:
+        raise ConfigError(f"--tasks {names}: {', '.join(unknown)} is none of {', '.join(MEASURES)}")
+    return tasks
+
+
 def downstream(
     demo: Path,
     output: Path,

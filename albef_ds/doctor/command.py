@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,9 +39,21 @@ def add_doctor_command(commands) -> None:
     doctor.set_defaults(run=run_doctor)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the package would log are findings here."""
+    log = logging.getLogger("albef_ds")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def run_doctor(args: argparse.Namespace) -> int:
-    logging.getLogger("albef_ds").setLevel(logging.ERROR)  # what it would say are findings here
-    findings = examine(args) if _first_of_host() else []
+    with _quiet():
+        findings = examine(args) if _first_of_host() else []
     if network.launched():
         findings = between_ranks(findings, _output_dir(args))
     if int(os.environ.get("RANK", 0)) == 0:

@@ -107,7 +107,7 @@ def test_starting_leaves_torchs_generator_alone(annotations, tokenizer):
 def test_what_goes_to_a_spawned_worker_pickles(annotations, tokenizer):
     samples = loader(annotations, tokenizer)._samples
     again = pickle.loads(pickle.dumps(samples))
-    assert torch.equal(samples[3, 7].image, again[3, 7].image)
+    assert torch.equal(samples[3, 7][0].image, again[3, 7][0].image)
 
 
 def test_too_few_samples_and_wrong_numbers(annotations, tokenizer):

@@ -88,9 +88,9 @@ def test_any_shape(batch, length, dim, temperature, alpha, with_ids, dtype, impl
     assert abs(loss.item() - truth[0].item()) <= 1e-4 * max(1.0, truth[0].abs().item())
     assert relative(i2t, truth[1]) < 1e-5 and relative(t2i, truth[2]) < 1e-5
     slack = 5e-3 if dtype == torch.bfloat16 else 3e-4
-    scale = 1 / (2 * batch**0.5 * temperature)  # of a gradient's terms, which may cancel
+    scale = 1 / (2 * batch**0.5 * temperature)  # of either direction's terms, which may cancel
     for ours, theirs in zip(gradients[:2], truth[3:5], strict=True):
-        assert (ours.double() - theirs).norm() <= slack * max(theirs.norm().item(), 0.5 * scale)
+        assert (ours.double() - theirs).norm() <= slack * max(theirs.norm().item(), scale)
 
 
 def test_gradcheck_of_the_torch_form():
