@@ -129,7 +129,8 @@ class GoldenCase:
         mask = given["attention_mask"].bool()
         labels = given["labels"][mask]
         positions = (labels != -100).nonzero().flatten()
-        masked = MaskedTokens(given["masked_ids"][mask], positions, labels[positions])
+        counts = (given["labels"] != -100).sum(1).tolist()
+        masked = MaskedTokens(given["masked_ids"][mask], positions, labels[positions], tuple(counts))
         return PretrainingBatch(given["image"], packed(given), masked)
 
     def _retrieval(self, given: dict[str, Tensor]) -> PairBatch:

@@ -38,7 +38,7 @@ def tiny_batch(size: int, seed: int = 0, lengths: list[int] | None = None, label
     positions = chosen.nonzero().flatten()
     masked = text.input_ids.masked_fill(chosen, MASK)
     images = torch.randn(size, 3, 32, 32, generator=generator)
-    return PretrainingBatch(images, text, MaskedTokens(masked, positions, text.input_ids[positions]))
+    return PretrainingBatch(images, text, MaskedTokens.of(text, masked, positions))
 
 
 def one_by_one(model: ALBEF, text_embeds, text, pairs, image_embeds):

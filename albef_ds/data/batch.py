@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,17 +39,21 @@ class Movable:
 class PackedText(Movable):
     """B texts of T tokens in all, one after another.
 
-    `max_length` is a host number, so that nothing on the device needs to be asked for it.
+    How long each is the host knows too, so that nothing on the device needs to be asked for it.
     """
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, 0 at the start of each text
     cu_seqlens: Tensor  # [B + 1] int32, text i is tokens cu_seqlens[i] : cu_seqlens[i + 1]
-    max_length: int
+    lengths: tuple[int, ...]  # of the B texts, on the host
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(self.lengths)
 
     @property
     def num_texts(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -56,27 +62,32 @@ class PackedText(Movable):
     @classmethod
     def from_lists(cls, token_lists: Sequence[Sequence[int]]) -> PackedText:
         """Packs token id lists. Raises ValueError where one is empty: a text has at least its [CLS]."""
-        lengths = [len(tokens) for tokens in token_lists]
+        lengths = tuple(len(tokens) for tokens in token_lists)
         if not lengths or min(lengths) == 0:
             raise ValueError("a batch needs at least one text, and every text at least one token ([CLS])")
-        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
         return cls(
             input_ids=torch.tensor([t for tokens in token_lists for t in tokens], dtype=torch.int64),
             position_ids=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64),
-            cu_seqlens=cu_seqlens,
-            max_length=max(lengths),
+            cu_seqlens=torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+            lengths=lengths,
         )
 
-    def select(self, index: Tensor) -> PackedText:
-        """Texts `index` [N] int64, in this order; one may come several times. Asks the device how long they are."""
-        starts = self.cu_seqlens[index].long()
-        lengths = self.cu_seqlens[index + 1].long() - starts
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        total = int(cu_seqlens[-1])
-        shift = (starts - cu_seqlens[:-1]).repeat_interleave(lengths, output_size=total)
-        rows = torch.arange(total, device=index.device) + shift
-        return PackedText(self.input_ids[rows], self.position_ids[rows], cu_seqlens.int(), int(lengths.max()))
+    def select(self, index: Sequence[int] | Tensor) -> PackedText:
+        """Texts `index` [N], in this order; one may come several times. Waits for no device, unless `index` is a tensor
+        there."""
+        index = index.tolist() if isinstance(index, Tensor) else index
+        lengths, device = tuple(self.lengths[i] for i in index), self.input_ids.device
+        rows = to_device(self.rows_of(index), device)
+        cu_seqlens = to_device(torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32), device)
+        return PackedText(self.input_ids[rows], self.position_ids[rows], cu_seqlens, lengths)
+
+    def rows_of(self, index: Sequence[int]) -> Tensor:
+        """[T'] int64 on the host: where the tokens of texts `index` stand, text by text."""
+        return torch.tensor([row for i in index for row in range(self._starts[i], self._starts[i + 1])])
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:  # cu_seqlens on the host
+        return tuple(accumulate(self.lengths, initial=0))
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> PackedText:
@@ -89,12 +100,22 @@ class PackedText(Movable):
 class MaskedTokens(Movable):
     """Masked language modelling over a PackedText: what replaces its ids, and what is to be guessed.
 
-    Positions are host-counted (P is known without asking the device), so the MLM head runs on them alone.
+    Positions are host-counted (P is known without asking the device), so the MLM head runs on them alone. A text's
+    first token, [CLS], is never among them.
     """
 
     input_ids: Tensor  # [T] int64, the ids with masks in place
-    positions: Tensor  # [P] int64, indices into the T packed tokens
+    positions: Tensor  # [P] int64, indices into the T packed tokens, increasing
     labels: Tensor  # [P] int64, the original ids there
+    counts: tuple[int, ...]  # labels of each of the B texts, on the host
+
+    @classmethod
+    def of(cls, text: PackedText, input_ids: Tensor, positions: Tensor) -> MaskedTokens:
+        """Over a text that still lies on the host: `input_ids` [T] in place of its own, which are the labels at
+        `positions` [P]."""
+        texts = torch.searchsorted(text.cu_seqlens[1:].long(), positions, right=True)
+        counts = tuple(torch.bincount(texts, minlength=text.num_texts).tolist())
+        return cls(input_ids, positions, text.input_ids[positions], counts)
 
 
 @dataclass(frozen=True)
@@ -160,3 +181,8 @@ class QuestionBatch(Loaded):
         boundaries = torch.nn.functional.pad(torch.tensor(counts).cumsum(0), (1, 0))
         cu_questions = answers.cu_seqlens[boundaries]
         return cls(images, questions, answers, weights, cu_questions, int(cu_questions.diff().max()), **loaded)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copies without waiting for the device: from pinned memory, which alone a GPU reads by itself."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

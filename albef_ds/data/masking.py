@@ -60,9 +60,9 @@ def mask_tokens(
     cls_id: int,
     pad_id: int,
 ) -> MaskedTokens:
-    """Masks a batch of packed texts with one generator; `mask_ids` says by which rule."""
+    """Masks a batch of packed texts, on the host, with one generator; `mask_ids` says by which rule."""
     masked = mask_ids(
-        text.input_ids.cpu().numpy(),
+        text.input_ids.numpy(),
         rng,
         probability=probability,
         vocab_size=vocab_size,
@@ -70,7 +70,7 @@ def mask_tokens(
         cls_id=cls_id,
         pad_id=pad_id,
     )
-    return pack_masked([masked])[1].to(text.input_ids.device)
+    return MaskedTokens.of(text, torch.from_numpy(masked.masked_ids), torch.from_numpy(masked.positions))
 
 
 def pack_masked(texts: Sequence[MaskedText]) -> tuple[PackedText, MaskedTokens]:
@@ -81,5 +81,6 @@ def pack_masked(texts: Sequence[MaskedText]) -> tuple[PackedText, MaskedTokens]:
         input_ids=torch.from_numpy(np.concatenate([text.masked_ids for text in texts])),
         positions=torch.from_numpy(np.concatenate([s + t.positions for s, t in zip(starts, texts, strict=True)])),
         labels=torch.from_numpy(np.concatenate([text.labels for text in texts])),
+        counts=tuple(len(text.positions) for text in texts),
     )
     return packed, masked

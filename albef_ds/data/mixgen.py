@@ -22,8 +22,7 @@ def mixgen(batch: PretrainingBatch | PairBatch, share: float) -> PretrainingBatc
     Image i becomes BLEND * image i + (1 - BLEND) * image j, its text the tokens of i and then those of j without their
     [CLS]; masked tokens and their labels likewise. A pair keeps its id (that of i), key, and place.
 
-    Everything happens where the batch lies. How large the result is, three numbers, only the lengths can tell: with a
-    batch on a GPU this waits for the GPU once.
+    Everything happens where the batch lies. How large the result is the host knows, and so waits for no device.
 
     Args:
         share: of the pairs, 0 to 0.5 (the paper: 0.25); partners need as many again.
@@ -48,13 +47,15 @@ class _Joined:
 
     source: Tensor  # [T'] int64, the token of the old texts that stands there
     cu_seqlens: Tensor  # [B + 1] int64, of the new texts
-    longest: int
+    lengths: tuple[int, ...]  # of the new texts
     labelled: Tensor  # [T'] bool
-    num_labels: int
+    counts: tuple[int, ...]  # labels of each new text
 
     @classmethod
     def of(cls, text: PackedText, masked: MaskedTokens | None, mixed: int) -> _Joined:
         device = text.cu_seqlens.device
+        host_lengths = _joined(text.lengths, mixed, less=1)  # the partner's [CLS] goes
+        counts = () if masked is None else _joined(masked.counts, mixed)
         starts = text.cu_seqlens[:-1].long()
         lengths = text.cu_seqlens.long().diff()
         # A mixed text is two pieces, its own tokens and those of its partner behind [CLS]; any other is one piece.
@@ -66,23 +67,25 @@ class _Joined:
         flags = torch.zeros(text.num_tokens, dtype=torch.bool, device=device)
         if masked is not None:
             flags.index_fill_(0, masked.positions, True)
-        before = F.pad(flags.long().cumsum(0), (1, 0))  # labels before each token
-        piece_labels = before[piece_starts + piece_lengths] - before[piece_starts]
-        sizes = torch.stack([new_lengths.sum(), new_lengths.max(), piece_labels.sum()])
-        tokens, longest, num_labels = sizes.tolist()  # the one wait
-
+        tokens = sum(host_lengths)
         shift = piece_starts - F.pad(piece_lengths.cumsum(0), (1, 0))[:-1]
         source = torch.arange(tokens, device=device) + shift.repeat_interleave(piece_lengths, output_size=tokens)
-        return cls(source, F.pad(new_lengths.cumsum(0), (1, 0)), longest, flags[source], num_labels)
+        return cls(source, F.pad(new_lengths.cumsum(0), (1, 0)), host_lengths, flags[source], counts)
 
     def pack(self, text: PackedText) -> PackedText:
         tokens = self.source.numel()
         first = self.cu_seqlens[:-1].repeat_interleave(self.cu_seqlens.diff(), output_size=tokens)
         position_ids = torch.arange(tokens, device=first.device) - first
-        return PackedText(text.input_ids[self.source], position_ids, self.cu_seqlens.int(), self.longest)
+        return PackedText(text.input_ids[self.source], position_ids, self.cu_seqlens.int(), self.lengths)
 
     def mask(self, masked: MaskedTokens) -> MaskedTokens:
         # A stable sort brings the labelled tokens to the front in order, their number being known; nonzero would wait.
-        positions = (~self.labelled).long().argsort(stable=True)[: self.num_labels]
+        positions = (~self.labelled).long().argsort(stable=True)[: sum(self.counts)]
         labels = torch.zeros_like(masked.input_ids).index_copy(0, masked.positions, masked.labels)
-        return MaskedTokens(masked.input_ids[self.source], positions, labels[self.source[positions]])
+        return MaskedTokens(masked.input_ids[self.source], positions, labels[self.source[positions]], self.counts)
+
+
+def _joined(numbers: tuple[int, ...], mixed: int, less: int = 0) -> tuple[int, ...]:
+    """What each new text has, where old text i has numbers[i]; a mixed one has `less` fewer than its two together."""
+    partners = numbers[mixed : 2 * mixed]
+    return (*(a + b - less for a, b in zip(numbers[:mixed], partners, strict=True)), *numbers[mixed:])

@@ -38,14 +38,15 @@ def rank_answers(
     questions = question.spans.num
     first = candidates.cu_seqlens[:-1].long()
     start = PackedText.from_lists([[0]] * questions).to(first.device)
-    start = PackedText(candidates.input_ids[:1].expand(questions), start.position_ids, start.cu_seqlens, 1)
+    start = PackedText(candidates.input_ids[:1].expand(questions), start.position_ids, start.cu_seqlens, start.lengths)
     states = model.answer_states(question, start, Spans.equal(questions, 1, first.device))
     likely = model.predict(states).softmax(-1).index_select(1, candidates.input_ids[first + 1])  # [B, candidates]
     likely, chosen = likely.topk(k, dim=1)
 
     answers = candidates.select(chosen.flatten())
     cu_questions = answers.cu_seqlens[::k].contiguous()
-    by_question = Spans(cu_questions, int(cu_questions.diff().max()), answers.num_tokens)
+    longest = max(sum(answers.lengths[i : i + k]) for i in range(0, answers.num_texts, k))
+    by_question = Spans(cu_questions, longest, answers.num_tokens)
     states = model.answer_states(question, answers, by_question)
     sources, targets = predicting(answers)
     words = model.predict(states[sources]).log_softmax(-1).gather(1, answers.input_ids[targets, None]).squeeze(1)
@@ -113,7 +114,8 @@ def _packed(ids: Tensor) -> PackedText:
     """[B, beams, L] ids as B * beams texts of L tokens."""
     rows, length = ids.shape[0] * ids.shape[1], ids.shape[2]
     spans = Spans.equal(rows, length, ids.device)
-    return PackedText(ids.flatten(), torch.arange(length, device=ids.device).repeat(rows), spans.cu_seqlens, length)
+    places = torch.arange(length, device=ids.device).repeat(rows)
+    return PackedText(ids.flatten(), places, spans.cu_seqlens, (length,) * rows)
 
 
 def _until(ids: list[int], end: int) -> list[int]:

@@ -56,15 +56,8 @@ class EncodedTexts:
 
     def select(self, texts: Tensor) -> tuple[Tensor, PackedText]:
         """Embeddings and packing of some texts (indices, host), on the device."""
-        starts = self.packed.cu_seqlens[texts].long()
-        lengths = self.packed.cu_seqlens[texts + 1].long() - starts
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        rows = torch.arange(int(cu_seqlens[-1])) + (starts - cu_seqlens[:-1]).repeat_interleave(lengths)
-        packed = PackedText(
-            self.packed.input_ids[rows], self.packed.position_ids[rows], cu_seqlens.int(), int(lengths.max())
-        )
-        device = self.embeds.device
-        return self.embeds[rows.to(device)].float(), packed.to(device)
+        index, device = texts.tolist(), self.embeds.device
+        return self.embeds[self.packed.rows_of(index).to(device)].float(), self.packed.select(index).to(device)
 
 
 @dataclass(frozen=True)

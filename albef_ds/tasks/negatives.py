@@ -4,14 +4,15 @@ Embeddings are gathered with their gradient: what another rank learns from a tex
 With gradients averaged over the ranks, as DeepSpeed does, the matching loss is that of one process with all samples.
 
 What it costs a micro-batch: every rank holds the image and text embeddings of all ranks, and their gradients; the
-similarities [world * B, world * B]; twice the cross-attention keys and values (own images and negative ones); and one
-wait for the device, because how long the other ranks' texts are is not known to the host.
+similarities [world * B, world * B]; and twice the cross-attention keys and values (own images and negative ones). No
+host waits for its device: how long the texts of other ranks are, the hosts tell each other while the encoders compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -40,20 +41,27 @@ class AllRanks:
     own_tokens: int  # T
     lengths: Tensor  # [world, B] int64, of the texts
     ids: Tensor | None  # [world * B] int64
-    most_tokens: int  # of a rank's texts, all together
-    longest: int  # tokens of the longest text
+    sizes: Tensor  # [2] int64, host: the tokens of the rank that has most, and of the longest text
+    agreed: dist.Work  # until it is done, `sizes` are this rank's own
 
     @classmethod
     def meet(cls, text: PackedText, ids: Tensor | None = None) -> AllRanks:
-        """Collective: one small all-gather, and then a wait until the host knows the sizes. Call it before the
-        encoders, so that the device has work again as soon as possible."""
+        """Collective: one small all-gather on the devices, and one between the hosts that has long arrived when it is
+        needed, if this is called before the encoders."""
+        sizes = torch.tensor([text.num_tokens, text.max_length])
+        agreed = dist.all_reduce(sizes, dist.ReduceOp.MAX, group=hosts(dist.group.WORLD), async_op=True)
         lengths = text.cu_seqlens.long().diff()
         message = torch.stack([lengths] if ids is None else [lengths, ids])  # [1 or 2, B]
         gathered = gather(message)  # [world, 1 or 2, B]
-        everyones = gathered[:, 0]
-        most, longest = torch.stack([everyones.sum(1).max(), everyones.max()]).tolist()
         all_ids = None if ids is None else gathered[:, 1].flatten()
-        return cls(dist.get_rank(), text.num_tokens, everyones, all_ids, most, longest)
+        return cls(dist.get_rank(), text.num_tokens, gathered[:, 0], all_ids, sizes, agreed)
+
+    @cached_property
+    def largest(self) -> tuple[int, int]:
+        """`sizes`, once all hosts have said theirs."""
+        self.agreed.wait()
+        most_tokens, longest = self.sizes.tolist()
+        return most_tokens, longest
 
     @property
     def batch(self) -> int:
@@ -103,20 +111,28 @@ class AllRanks:
 
     def gather_texts(self, text_embeds: Tensor) -> Tensor:
         """[T, W] of this rank to [world * most_tokens, W]; behind a rank's tokens stand zeros that nobody reads."""
-        return gather(F.pad(text_embeds, (0, 0, 0, self.most_tokens - self.own_tokens))).flatten(0, 1)
+        most_tokens, _ = self.largest
+        return gather(F.pad(text_embeds, (0, 0, 0, most_tokens - self.own_tokens))).flatten(0, 1)
 
     def behind(self, own: Spans) -> Spans:
         """The runs of the own texts and then of the gathered ones: of each rank B texts, and what was padded."""
-        padded = self.most_tokens - self.lengths.sum(1, keepdim=True)
+        most_tokens, longest = self.largest
+        padded = most_tokens - self.lengths.sum(1, keepdim=True)
         ends = torch.cat([self.lengths, padded], dim=1).flatten().cumsum(0) + own.num_rows
-        rows = own.num_rows + self.lengths.shape[0] * self.most_tokens
+        rows = own.num_rows + self.lengths.shape[0] * most_tokens
         # No pair has the padding as its text: the longest run that matters is a text.
-        return Spans(torch.cat([own.cu_seqlens, ends.int()]), max(own.max_length, self.longest), rows)
+        return Spans(torch.cat([own.cu_seqlens, ends.int()]), max(own.max_length, longest), rows)
 
 
 def across_ranks(negatives: str) -> bool:
     """Whether negatives come from elsewhere: of a single process all samples are its own."""
     return negatives == "all" and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@lru_cache(maxsize=1)
+def hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of all ranks, for what no device need know. Collective where one has to be made, the first time."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def synthetic_batch(config: Config, size: int, mask_id: int, cls_id: int) -> Loa
     positions = chosen.flatten().nonzero().flatten()
     masked = text.input_ids.clone()
     masked[positions] = mask_id
-    return PretrainingBatch(images, text, MaskedTokens(masked, positions, text.input_ids[positions]))
+    return PretrainingBatch(images, text, MaskedTokens.of(text, masked, positions))
 
 
 def describe(

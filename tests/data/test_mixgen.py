@@ -45,7 +45,8 @@ def test_the_first_pairs_are_mixed_with_those_behind_them_and_the_others_are_as_
     assert texts_of(new.text, new.masked.input_ids) == join(texts_of(batch.text, batch.masked.input_ids), mixed)
     assert labels_of(new) == join(labels_of(batch), mixed)
     assert new.text.position_ids.tolist() == [p for text in texts_of(new.text) for p in range(len(text))]
-    assert new.text.max_length == max(map(len, texts_of(new.text)))
+    assert new.text.lengths == tuple(map(len, texts_of(new.text)))
+    assert new.masked.counts == tuple(sum(label >= 0 for label in labels) for labels in labels_of(new))
     assert new.masked.positions.tolist() == sorted(new.masked.positions.tolist())
     assert new.text.cu_seqlens.dtype == torch.int32
     for i in range(len(lengths)):

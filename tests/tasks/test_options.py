@@ -44,7 +44,7 @@ def batch_of(task: str, rows: slice = slice(None), ids: torch.Tensor = IDS, dtyp
     if task == "retrieval":
         return PairBatch(images, text, ids[rows])
     labelled = torch.isin(tokens, whole.masked.positions).nonzero().flatten()
-    masked = MaskedTokens(whole.masked.input_ids[tokens], labelled, text.input_ids[labelled])
+    masked = MaskedTokens.of(text, whole.masked.input_ids[tokens], labelled)
     return PretrainingBatch(images, text, masked)
 
 
