@@ -51,10 +51,12 @@ class Contrastive(Task):
         super().start_step(alpha, measuring)
 
     def finish_step(self, applied: bool = True) -> None:
-        """The step's features enter the queue."""
-        if applied:
-            for image_feat, text_feat, ids in self._features:
-                self.queue.enqueue(*gather_features(image_feat, text_feat, ids))
+        """The step's features enter the queue, in the order of the global batch: a rank's micro-batches are consecutive
+        in it."""
+        if applied and self._features:
+            image_feats, text_feats, ids = zip(*self._features, strict=True)
+            ids = None if ids[0] is None else torch.cat(ids)
+            self.queue.enqueue(*gather_features(torch.cat(image_feats), torch.cat(text_feats), ids))
         self._features.clear()
         super().finish_step(applied)
 
