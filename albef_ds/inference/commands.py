@@ -1,4 +1,4 @@
-"""A trained model on the command line: python -m albef_ds convert | answer | match | search | explain |
+"""A trained model on the command line: python -m albef_ds convert | answer | match | classify | search | explain |
 pseudo-targets | serve.
 
 Images that cannot be read are named on standard error and passed over; where none can, the exit status is 1.
@@ -39,6 +39,14 @@ def add_inference_commands(commands) -> None:
     match = _command(commands, "match", run_match, "how probably texts and images belong together")
     match.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
     match.add_argument("--text", nargs="+", required=True)
+
+    classify = _command(
+        commands, "classify", run_classify, "label sentences about an image (entailment) or two (NLVR2)"
+    )
+    classify.add_argument(
+        "--image", nargs="+", type=Path, required=True, dest="images", help="files or folders; NLVR2: left and right"
+    )
+    classify.add_argument("--text", nargs="+", required=True)
 
     search = _command(commands, "search", run_search, "find images of a folder by a text or by an image")
     search.add_argument("folder", type=Path)
@@ -120,6 +128,37 @@ def run_match(args: argparse.Namespace) -> int:
         return [f"{share:7.1%}  {result['image']}: {text}" for text, share in result["match"].items()]
 
     return _each(args, match, line, {"texts": args.text})
+
+
+def run_classify(args: argparse.Namespace) -> int:
+    from albef_ds.inference.inputs import listed
+    from albef_ds.inference.model import UseError
+
+    model = _load(args)
+    args.images = listed(args.images)
+    two = model.task == "nlvr"
+    if two and len(args.images) != 2:
+        raise UseError(f"{args.model}: NLVR2 is about two images, --image LEFT RIGHT; got {len(args.images)}")
+
+    def classify(paths, pictures):
+        if two:
+            found = [model.classify(pictures, args.text, args.batch)] if len(paths) == 2 else []
+            shown = [{"images": [str(path) for path in paths]}]
+        else:
+            found = zip(*(model.classify(pictures, text, args.batch) for text in args.text), strict=True)
+            shown = [{"image": str(path)} for path in paths]
+        return [
+            {**of, "text": text, **asdict(label)}
+            for of, labels in zip(shown, found, strict=False)
+            for text, label in zip(args.text, labels, strict=True)
+        ]
+
+    def line(result: dict) -> str:
+        likeliest_first = sorted(result["probabilities"].items(), key=lambda share: -share[1])
+        said = ", ".join(f"{label} {share:.1%}" for label, share in likeliest_first)
+        return f"{said}  {result.get('image') or ' and '.join(result['images'])}: {result['text']}"
+
+    return _each(args, classify, line, {"texts": args.text}, 2 if two else args.batch)
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -217,11 +256,11 @@ def _load(args: argparse.Namespace):
     return load(args.model, config=args.config, tokenizer=args.tokenizer, device=args.device)
 
 
-def _each(args: argparse.Namespace, use: Callable, line: Line, query: dict) -> int:
-    """`use` of (paths, pictures), batch by batch, to a result each; 1 where no image could be read."""
+def _each(args: argparse.Namespace, use: Callable, line: Line, query: dict, batch: int | None = None) -> int:
+    """`use` of (paths, pictures), batch by batch, to their results; 1 where there is none, no image being readable."""
     from albef_ds.inference.inputs import Readable, listed
 
-    source = Readable(listed(args.images), args.batch)
+    source = Readable(listed(args.images), batch or args.batch)
     results = [result for paths, pictures in source for result in use(paths, pictures)]
     _tell(args, results, line, source.faults, query)
     return 0 if results else 1

@@ -55,6 +55,55 @@ def test_where_no_image_can_be_read_the_status_is_1(zoo, pictures, tmp_path, cap
     assert "no image in this folder" in capsys.readouterr().err
 
 
+def test_classify_labels_every_sentence_about_every_image(zoo, pictures, models, capsys):
+    texts = ["a red circle", "two squares"]
+    command = ["classify", str(zoo / "entailment.pth"), "--image", str(pictures), "--text", *texts, "--batch", "2"]
+    assert main([*command, "--json"]) == 0
+    result = said(capsys)
+    assert [r["image"].rsplit("/", 1)[1] for r in result["results"][::2]] == [
+        "a.png",
+        "b.jpg",
+        "d.webp",
+        "e.png",
+        "c.png",
+    ]
+    assert [r["text"] for r in result["results"]] == texts * 5
+    assert [fault["image"].endswith("broken.jpg") for fault in result["left_out"]] == [True]
+    expected = models["entailment"].classify([pictures / "b.jpg"], texts)
+    for found, label in zip(result["results"][2:4], expected, strict=True):
+        assert set(found["probabilities"]) == {"contradiction", "neutral", "entailment"}
+        assert found["probabilities"] == pytest.approx(label.probabilities, rel=1e-3)
+        assert found["label"] == label.label
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 10 and lines[2].startswith(f"{expected[0].label} ") and lines[2].endswith("b.jpg: a red circle")
+    )
+    shares = [float(part.split()[1].rstrip("%")) for part in lines[2].split("  ")[0].split(", ")]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_classify_takes_two_images_for_nlvr2(zoo, pictures, readable, models, capsys):
+    left, right, texts = readable[0], readable[1], ["a red circle", "two squares"]
+    command = ["classify", str(zoo / "nlvr.pth"), "--text", *texts, "--json", "--batch", "1", "--image"]
+    assert main([*command, str(left), str(right)]) == 0
+    results = said(capsys)["results"]
+    assert [r["text"] for r in results] == texts and all(r["images"] == [str(left), str(right)] for r in results)
+    for found, label in zip(results, models["nlvr"].classify((left, right), texts), strict=True):
+        assert found["probabilities"] == pytest.approx(label.probabilities, rel=1e-3) and found["label"] == label.label
+    for images, got in (([str(left)], 1), ([str(pictures)], 6)):
+        assert main([*command, *images]) == 2
+        assert f"two images, --image LEFT RIGHT; got {got}" in capsys.readouterr().err
+    assert main([*command, str(left), str(pictures / "broken.jpg")]) == 1
+    captured = capsys.readouterr()
+    assert "broken.jpg" in captured.err and json.loads(captured.out)["results"] == []
+
+
+def test_a_model_without_a_classifier_labels_nothing(zoo, readable, capsys):
+    assert main(["classify", str(zoo / "retrieval.pth"), "--image", str(readable[0]), "--text", "a"]) == 2
+    assert "use one of visual entailment (one image) or NLVR2 (two)" in capsys.readouterr().err
+
+
 def test_search_by_text_and_by_image(zoo, pictures, models, capsys):
     command = ["search", str(zoo / "pretraining.pth"), str(pictures), "--json", "--top", "3"]
     assert main([*command, "--text", "a red circle", "--batch", "2"]) == 0
