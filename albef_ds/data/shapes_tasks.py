@@ -19,15 +19,17 @@ from albef_ds.data.shapes_descriptions import pick
 from albef_ds.data.shapes_questions import ANNOTATORS, ANSWERS, draw_answers, draw_questions
 from albef_ds.data.shapes_scene import SIZES, Scene, varied_caption
 from albef_ds.data.shapes_statements import LABELS, draw_another, draw_hypothesis, draw_phrase, draw_statement
-from albef_ds.data.shapes_world import ShapesWorld, whole_folder, write_list
+from albef_ds.data.shapes_world import ShapesWorld, write_list
+from albef_ds.data.whole_folder import is_made_from, whole_folder
 
 VERSION = 1  # of these files; a change of what is asked, said or drawn raises it
 _STREAM = 2  # of random numbers; 0 and 1 are the world's own
 _TASKS = ("retrieval", "vqa", "entailment", "nlvr", "grounding")
-# Questions, hypotheses, statements, phrases for a training image; a test image has four of each.
-_TRAIN_EACH = {"vqa": 8, "entailment": 8, "nlvr": 4, "grounding": 4}
-_TEST_EACH = 4
-_CAPTIONS = 3  # for a training image
+# Captions, questions, hypotheses, statements, phrases for an image; captions of test images are the world's.
+_EACH = {
+    "train": {"retrieval": 3, "vqa": 8, "entailment": 8, "nlvr": 4, "grounding": 4},
+    "test": {"vqa": 4, "entailment": 4, "nlvr": 4, "grounding": 4},
+}
 _VG_SHARE = 0.2  # of the training questions: one answer, in the form of Visual Genome's
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
@@ -50,7 +52,7 @@ class ShapesTasks:
     nlvr_test: Path
     grounding_train: Path  # no boxes: grounding is learnt without them
     grounding_test: Path
-    meta: Path  # what it was made from, how many entries; written last
+    meta: Path  # what it was made from, of how many of each an image, and how many entries; written last
 
     @classmethod
     def at(cls, root: str | os.PathLike) -> ShapesTasks:
@@ -68,7 +70,7 @@ class _Source:
     seed: int  # the world's
 
     def each(self, task: str) -> int:
-        return _TRAIN_EACH[task] if self.split == "train" else _TEST_EACH
+        return _EACH[self.split][task]
 
     def rng(self, task: str, i: int) -> np.random.Generator:
         """Random numbers of this task and scene alone: what is drawn for one changes nothing for another."""
@@ -89,30 +91,18 @@ def write_shapes_tasks(out: str | os.PathLike, world: ShapesWorld) -> ShapesTask
         raise FileNotFoundError(
             f"{world.meta} is missing: expected a data set made by write_shapes_world; make it first"
         )
-    made_from = {"version": VERSION, "world": json.loads(world.meta.read_text(encoding="utf-8"))}
-    if _is_written(tasks, made_from):
+    made_from = {"version": VERSION, "world": json.loads(world.meta.read_text(encoding="utf-8")), "each_image": _EACH}
+
+    def is_written() -> bool:
+        return is_made_from(tasks.meta, made_from, "the tasks of this shapes world", beside=("counts",))
+
+    if is_written():
         return tasks
     train, test = (_read(world, split, made_from["world"]["seed"]) for split in ("train", "test"))
-    with whole_folder(tasks.root, lambda: _is_written(tasks, made_from)) as temporary:
+    with whole_folder(tasks.root, is_written) as temporary:
         temporary.mkdir()
         _write(ShapesTasks.at(temporary), world, train, test, made_from)
     return tasks
-
-
-def _is_written(tasks: ShapesTasks, made_from: dict) -> bool:
-    """Whether the files are there; FileExistsError where something else is."""
-    try:
-        meta = json.loads(tasks.meta.read_text(encoding="utf-8"))
-        if {name: meta[name] for name in made_from} == made_from:
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if tasks.root.exists() and (not tasks.root.is_dir() or any(tasks.root.iterdir())):
-        raise FileExistsError(
-            f"{tasks.root} holds something else than the tasks of this shapes world ({made_from}); "
-            "delete it or choose another folder"
-        )
-    return False
 
 
 def _read(world: ShapesWorld, split: str, seed: int) -> _Source:
@@ -151,7 +141,7 @@ def _write(tasks: ShapesTasks, world: ShapesWorld, train: _Source, test: _Source
 def _retrieval(source: _Source) -> Iterator[dict]:
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("retrieval", i)
-        for _ in range(_CAPTIONS):
+        for _ in range(source.each("retrieval")):
             yield {"image": image, "caption": varied_caption(scene, rng), "image_id": Path(image).stem}
 
 

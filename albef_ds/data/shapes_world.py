@@ -5,14 +5,11 @@ What the demo trains on. Real JPEG files and the reference's JSON, so that it ta
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from albef_ds.data.shapes_scene import (
     varied_caption,
 )
 from albef_ds.data.tokenizer import train_wordpiece
+from albef_ds.data.whole_folder import is_made_from, whole_folder
 
 VERSION = 2  # of what the arguments mean; a change of scenes, captions, rendering or vocabulary raises it
 _DRAWS = 1  # the version whose random numbers these are: 2 changed the vocabulary, but no scene and no caption
@@ -99,46 +97,15 @@ def write_shapes_world(
     """
     arguments = _Arguments(images, test_images, seed, noise, size, captions_per_image, vocab_size)
     world = ShapesWorld.at(out)
-    if _is_written(world, arguments):
+
+    def is_written() -> bool:
+        return is_made_from(world.meta, asdict(arguments), "the shapes world of these arguments")
+
+    if is_written():
         return world
-    with whole_folder(world.root, lambda: _is_written(world, arguments)) as temporary:
+    with whole_folder(world.root, is_written) as temporary:
         _write(ShapesWorld.at(temporary), arguments)
     return world
-
-
-@contextlib.contextmanager
-def whole_folder(root: Path, is_written: Callable[[], bool]) -> Iterator[Path]:
-    """Yields the path of a folder to make and fill; at the end it becomes `root`, or vanishes where an error is raised.
-
-    Several processes may want the same folder at once: each writes its own, the first to finish gives its name, and
-    for the others `is_written` says whether that one is as good.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = root.parent / f".{root.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, root)
-        except OSError:
-            if not is_written():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_written(world: ShapesWorld, arguments: _Arguments) -> bool:
-    """Whether the data set is there; FileExistsError where something else is."""
-    try:
-        if json.loads(world.meta.read_text()) == asdict(arguments):
-            return True
-    except (OSError, ValueError):
-        pass
-    if world.root.exists() and (not world.root.is_dir() or any(world.root.iterdir())):
-        raise FileExistsError(
-            f"{world.root} holds something else than the shapes world of these arguments ({asdict(arguments)}); "
-            "delete it or choose another folder"
-        )
-    return False
 
 
 def _write(world: ShapesWorld, arguments: _Arguments) -> None:

@@ -14,8 +14,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import torch
 from albef_ds.config import ConfigError, load_config
 from albef_ds.doctor import hardware, network, recipe, sizes, software
 from albef_ds.doctor.finding import Finding, status
+from albef_ds.quiet import only_errors
 
 
 def add_doctor_command(commands) -> None:
@@ -39,20 +39,8 @@ def add_doctor_command(commands) -> None:
     doctor.set_defaults(run=run_doctor)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What the package would log are findings here."""
-    log = logging.getLogger("albef_ds")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
 def run_doctor(args: argparse.Namespace) -> int:
-    with _quiet():
+    with only_errors(logging.getLogger("albef_ds")):  # what the package would log are findings here
         findings = examine(args) if _first_of_host() else []
     if network.launched():
         findings = between_ranks(findings, _output_dir(args))

@@ -9,6 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from albef_ds.data import shapes_tasks
 from albef_ds.data.captions import clean_caption
 from albef_ds.data.images import decode_image
 from albef_ds.data.shapes_descriptions import draw_description
@@ -87,8 +88,14 @@ def test_what_is_complete_is_kept_and_anything_else_refused(tmp_path, monkeypatc
     with monkeypatch.context() as patch:  # nothing is drawn again
         patch.setattr("albef_ds.data.shapes_tasks.draw_phrase", lambda *a: 1 / 0)
         assert write_shapes_tasks(tmp_path / "a", world) == tasks == ShapesTasks.at(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setitem(shapes_tasks._EACH["train"], "vqa", 4)
+        with pytest.raises(FileExistsError, match="each_image.train.vqa is 8 there, 4 is wanted; delete it or choose"):
+            write_shapes_tasks(tmp_path / "a", world)
     tasks.meta.unlink()
-    with pytest.raises(FileExistsError, match="holds something else.*delete it or choose another"):
+    with pytest.raises(
+        FileExistsError, match="holds something else.*meta.json is missing.*delete it or choose another"
+    ):
         write_shapes_tasks(tmp_path / "a", world)
     with pytest.raises(FileExistsError, match="holds something else"):
         write_shapes_tasks(world.root, world)
@@ -146,7 +153,10 @@ def test_sizes_are_as_the_meta_says(entries):
     assert counts == {name: len(e) for name, e in entries.items() if isinstance(e, list)}
     for task, each in (("vqa", 8), ("entailment", 8), ("nlvr", 4), ("grounding", 4)):
         assert (counts[f"{task}_train"], counts[f"{task}_test"]) == (each * 1500, 800)
+        recorded = entries["meta"]["each_image"]
+        assert (recorded["train"][task], recorded["test"][task]) == (each, 4)
     assert (counts["retrieval_train"], counts["retrieval_test"]) == (4500, 200)
+    assert entries["meta"]["each_image"]["train"]["retrieval"] == 3
 
 
 def test_training_and_test_are_about_different_scenes(entries, scene_of, big):

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from albef_ds import train
-from albef_ds.training.checkpoint import Checkpoints
+from albef_ds.training.checkpoint_writer import CheckpointWriter
 from albef_ds.training.monitor import Monitor
 
 
@@ -23,11 +23,11 @@ def die() -> None:
 def main() -> int:
     moment, rank, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
     if os.environ["RANK"] == rank:
-        log, commit = Monitor.log, Checkpoints._commit
+        log, commit = Monitor.log, CheckpointWriter._commit
         if moment == "step":
             Monitor.log = lambda self, at, *args: die() if at == step else log(self, at, *args)
         elif moment == "manifest":
-            Checkpoints._commit = lambda self, folder, at, files: (
+            CheckpointWriter._commit = lambda self, folder, at, files: (
                 die() if at == step else commit(self, folder, at, files)
             )
     return train.main(sys.argv[sys.argv.index("--") + 1 :])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from albef_ds.training import checkpoint as checkpoint_module
+from albef_ds.training import checkpoint_writer
 from albef_ds.training.checkpoint_files import disk_error, write_tensors
 from albef_ds.training.checkpoint_manifest import MANIFEST, CheckpointError, config_hash, read_manifest, verify
 from albef_ds.training.restore import MODEL_FILE
@@ -46,8 +46,8 @@ def scenario(folder: str) -> dict:
     checkpoints = open_checkpoints(folder, keep=2, keep_every=2, retries=2)
     train_step(engine, 1)
     weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
-    held, write = threading.Event(), checkpoint_module.write_tensors
-    checkpoint_module.write_tensors = lambda *args: held.wait(60) and write(*args)
+    held, write = threading.Event(), checkpoint_writer.write_tensors
+    checkpoint_writer.write_tensors = lambda *args: held.wait(60) and write(*args)
     checkpoints.save(engine, 1)
     found["manifest while held"] = (folder / "step_00000001" / MANIFEST).exists()
     train_step(engine, 2)
@@ -56,7 +56,7 @@ def scenario(folder: str) -> dict:
     checkpoints.save(engine, 2)  # waits for the one before
     found["first when second begins"] = (folder / "step_00000001" / MANIFEST).exists()
     checkpoints.wait()
-    checkpoint_module.write_tensors = write
+    checkpoint_writer.write_tensors = write
     if rank == 0:
         saved = torch.load(folder / "step_00000001" / MODEL_FILE, weights_only=True)["module"]
         found["as it was"] = all(torch.equal(saved[name], value) for name, value in weights.items())
@@ -72,11 +72,11 @@ def scenario(folder: str) -> dict:
             raise faults.pop()
         return write(*args)
 
-    checkpoint_module.write_tensors = failing_once
+    checkpoint_writer.write_tensors = failing_once
     train_step(engine, 3)
     checkpoints.save(engine, 3)
     checkpoints.wait()
-    checkpoint_module.write_tensors = write
+    checkpoint_writer.write_tensors = write
     found["after one failure"] = sorted(p.name for p in folder.iterdir())
 
     # 3. The operating system refuses files beyond a few kilobytes, in the middle of writing, for good.
