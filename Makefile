@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo downstream test lint format gpu install clean
+.PHONY: demo downstream test fuzz lint format gpu install clean
 
 demo: $(VENV)/.installed
 	$(PY) -m albef_ds demo
@@ -19,6 +19,12 @@ test: $(VENV)/.installed
 # Faults in real processes, the slow tests included: about half an hour.
 test-reliability: $(VENV)/.installed
 	$(PY) -m pytest tests/reliability -m ""
+
+# The readers of strangers' files, ten minutes each: tests/fuzz/README.md.
+fuzz: $(VENV)/.installed
+	$(PY) -m pip install -q -c constraints.txt -e '.[fuzz]'
+	for target in annotations shards checkpoints configuration; do \
+	  $(PY) -W ignore -m tests.fuzz $$target --minutes $(or $(MINUTES),10) || exit 1; done
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -44,6 +44,7 @@ setup(
         "flash": ["flash-attn>=2.7"],
         "parquet": PARQUET,  # Parquet lists for `albef_ds data pack`
         "page": PAGE,  # `albef_ds serve`
+        "fuzz": ["atheris>=2.3; platform_system == 'Linux' and platform_machine == 'x86_64'"],  # `make fuzz`
         "remote": REMOTE,  # shards from URLs; s3:// also needs s3fs
         "dev": [
             *DALI,

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from albef_ds.plain_yaml import LARGEST, parse_yaml
+
 
 class ConfigError(ValueError):
     """A recipe or override that cannot be used; the message names the file and the key."""
@@ -272,8 +274,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = find_named(path, Path(__file__).parent / "configs", ".yaml")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        with open(file, encoding="utf-8") as opened:
+            raw = parse_yaml(opened.read(LARGEST + 1)) or {}
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: a recipe is a mapping of sections, found {type(raw).__name__}")
@@ -305,8 +310,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(raw, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        raw[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        raw[leaf] = parse_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
@@ -315,8 +320,13 @@ def _explain(file: Path, error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{file}: unknown key {key!r}{_suggest(key, _all_keys(Config))}"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], dict | BaseModel) else f", got {error['input']!r}"
+    shown = "" if isinstance(error["input"], dict | BaseModel) else f", got {_shown(error['input'])}"
     return f"{file}: {key}: {message}{shown}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -8,6 +8,8 @@ import os
 import numpy as np
 from PIL import Image
 
+from albef_ds.data.files import open_ordinary
+
 MAX_PIXELS = 178_956_970  # Pillow's own limit, about 0.5 GB as RGB
 
 # Files from the web must not choose the decoder among all of Pillow's: EPS, for one, starts Ghostscript.
@@ -40,7 +42,7 @@ def decode_image(
     """
     name = key or ("image bytes" if isinstance(source, bytes) else os.fspath(source))
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", opener=open_ordinary) as file:
             image = Image.open(file, formats=FORMATS)
             width, height = image.size
             if width * height > max_pixels:
@@ -57,8 +59,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image  # convert() would copy
     if image.mode.startswith("I"):  # convert() would cut 16-bit grey off at 255, that is, make it white
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.clip(np.asarray(image), 0, 65535)  # a copy in 2 or 4 bytes a pixel: wider ones add up to gigabytes
+        np.right_shift(values, 8, out=values)
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as straight to RGB, without Pillow's warning
     return image.convert("RGB")

@@ -33,6 +33,10 @@ class Entry:
     fault: str = ""
 
 
+class _Fault(str):
+    """What is wrong with an entry; a plain string is an entry that holds nothing but a string."""
+
+
 def read_entries(
     source: str | os.PathLike,
     image_root: str | os.PathLike | None = None,
@@ -61,7 +65,7 @@ def read_entries(
 
 
 def _entry(row, root: str, source: str, fallback: str) -> Entry:
-    if isinstance(row, str):  # what is wrong with it
+    if isinstance(row, _Fault):
         return Entry(fallback, "", (), source, row)
     strings, fault = strings_of(row)
     if not strings:
@@ -145,22 +149,22 @@ class _JsonStream:
         return bool(read)
 
 
-def _json_lines(path: Path, columns) -> Iterator[dict | str]:
+def _json_lines(path: Path, columns) -> Iterator[dict | _Fault]:
     for text in _lines(path):
         if isinstance(text, UnicodeDecodeError):
-            yield f"not UTF-8 text: {text.reason}"
+            yield _Fault(f"not UTF-8 text: {text.reason}")
         elif text.strip():
             try:
                 yield json.loads(text)
             except (ValueError, RecursionError) as error:
-                yield f"not valid JSON: {error}"
+                yield _Fault(f"not valid JSON: {error}")
 
 
-def _tsv(path: Path, columns: tuple[str, str]) -> Iterator[dict | str]:
+def _tsv(path: Path, columns: tuple[str, str]) -> Iterator[dict | _Fault]:
     at = None
     for text in _lines(path):
         if isinstance(text, UnicodeDecodeError):
-            yield f"not UTF-8 text: {text.reason}"
+            yield _Fault(f"not UTF-8 text: {text.reason}")
             continue
         cells = text.rstrip("\r\n").split("\t")
         if at is None:
@@ -169,7 +173,7 @@ def _tsv(path: Path, columns: tuple[str, str]) -> Iterator[dict | str]:
             if has_header:
                 continue
         if len(cells) <= max(at):
-            yield f"{len(cells)} columns: expected a path and a caption with a tab between"
+            yield _Fault(f"{len(cells)} columns: expected a path and a caption with a tab between")
         else:
             yield {"image": cells[at[0]], "caption": cells[at[1]]}
 
@@ -204,7 +208,7 @@ def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[dict]:
         raise AnnotationError(f"{path} is not a sound Parquet file: {error}") from error
 
 
-def _folder(folder: Path) -> Iterator[dict | str]:
+def _folder(folder: Path) -> Iterator[dict | _Fault]:
     """Image files below `folder`, in the order of their names, with the lines of the .txt file beside each."""
     for where, folders, names in os.walk(folder):
         folders.sort()
@@ -217,6 +221,6 @@ def _folder(folder: Path) -> Iterator[dict | str]:
                 text = Path(where, stem + ".txt").read_text(encoding="utf-8-sig")
                 yield {"image": image, "caption": text.splitlines()}
             except FileNotFoundError:
-                yield f"{image}: no file {stem}.txt with captions beside it"
+                yield _Fault(f"{image}: no file {stem}.txt with captions beside it")
             except UnicodeDecodeError as error:
-                yield f"{image}: {stem}.txt is not UTF-8 text: {error.reason}"
+                yield _Fault(f"{image}: {stem}.txt is not UTF-8 text: {error.reason}")

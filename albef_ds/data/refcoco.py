@@ -7,10 +7,12 @@ can run any program, so only plain containers, texts and numbers are admitted.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +122,13 @@ def _read(
     images, boxes = _load_instances(folder / "instances.json")
     proposals = {} if detections is None else _load_detections(Path(detections))
     objects, blank, seen = [], 0, set()
+    room = 8 * refs_file.stat().st_size + (1 << 20)  # characters; a pickle can name one long text many times over
     for i, ref in enumerate(refs):
         where = f"{refs_file}, reference {i}"
         ref_id, ann_id, image_id = (_field(ref, key, int, where) for key in ("ref_id", "ann_id", "image_id"))
         split = _field(ref, "split", str, where)
-        if not re.fullmatch("[A-Za-z]+", split):  # it becomes part of a file name
-            raise AnnotationError(f"{where}: its split is {split!r}, expected a word like train or testA")
+        if not re.fullmatch("[A-Za-z]{1,40}", split):  # it becomes part of a file name
+            raise AnnotationError(f"{where}: its split is {split!r:.60}, expected a word like train or testA")
         if ref_id in seen:
             raise AnnotationError(f"{where}: ref_id {ref_id} is there twice")
         seen.add(ref_id)
@@ -137,6 +140,9 @@ def _read(
         every = [_field(s, "sent", str, f"{where}, a sentence") for s in _field(ref, "sentences", list, where)]
         sentences = tuple(text for text in every if text.strip())
         blank += len(every) - len(sentences)
+        room -= sum(map(len, sentences))
+        if room < 0:
+            raise AnnotationError(f"{where}: the texts so far are longer than the whole file")
         if not sentences:
             continue
         file_name, width, height = images[image_id]
@@ -155,8 +161,19 @@ def _image_path(template: str, file_name: str, image_id: int) -> str:
         ) from error
 
 
-class _DataOnly(pickle.Unpickler):
-    """Unpickles lists, dictionaries, texts and numbers. All else a pickle must ask for by name, and does not get."""
+class _DataOnly(pickle._Unpickler):
+    """Unpickles lists, dictionaries, texts and numbers. All else a pickle must ask for by name, and does not get.
+
+    Python's own unpickler, not the one in C: in that one eight bytes suffice to take 64 GB (LONG_BINPUT of a large
+    number makes a table of that length). It is three times slower, some seconds for RefCOCO. Byte arrays are refused:
+    room for one is taken before it is known whether the file has as much. The file must be one in memory, for the same
+    reason.
+    """
+
+    dispatch = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: lambda self: self.find_class("builtins", "bytearray"),
+    }
 
     def find_class(self, module, name):
         raise _Refused(f"{module}.{name}")
@@ -172,8 +189,7 @@ def _load_refs(path: Path) -> list:
         raise AnnotationError(f"{path} is missing; the folder has {there}: choose with split_by, or check the path")
     for encoding in ("utf-8", "latin1"):  # Python 2 did not say what its texts are; every text is valid latin1
         try:
-            with open(path, "rb") as file:
-                refs = _DataOnly(file, encoding=encoding).load()
+            refs = _DataOnly(io.BytesIO(path.read_bytes()), encoding=encoding).load()
             break
         except _Refused as error:
             raise AnnotationError(
@@ -230,7 +246,9 @@ def _load_json(path: Path):
 def _field(entry, key: str, kind: type, where: str):
     value = entry.get(key) if isinstance(entry, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise AnnotationError(f'{where}: "{key}" is {value!r:.60}, expected {kind.__name__}')
+        raise AnnotationError(f'{where}: "{key}" is {reprlib.repr(value):.60}, expected {kind.__name__}')
+    if kind is int and not -(1 << 63) <= value < 1 << 63:
+        raise AnnotationError(f'{where}: "{key}" is a number of {value.bit_length()} bits, expected at most 63')
     return value
 
 
@@ -238,5 +256,5 @@ def _box(values: Sequence, where: str) -> Box:
     numbers = list(values)[:4] if isinstance(values, list) else []
     # NaN is in no range; JSON as Python reads it may hold it.
     if len(numbers) < 4 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in numbers):
-        raise AnnotationError(f"{where}: box {values!r:.60}, expected [x, y, width, height]")
+        raise AnnotationError(f"{where}: box {reprlib.repr(values):.60}, expected [x, y, width, height]")
     return tuple(float(v) for v in numbers)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 import threading
 import time
 import uuid
@@ -17,11 +18,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from albef_ds.data.files import open_ordinary
 from albef_ds.data.shard_format import ShardError
 
 _OPEN_FILES = 128
 _ATTEMPTS = 4
 _CHUNK = 4 << 20
+_LARGEST_READ = 1 << 30  # bytes of a manifest or an index; that of ten million samples has half of it
 _ABANDONED = 3600  # seconds without a byte: whoever fetched it was killed
 
 
@@ -61,14 +64,16 @@ class _Open:
     """A file that closes when nobody uses it any more, in whichever thread that is."""
 
     def __init__(self, path: str | os.PathLike):
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = open_ordinary(path)
+        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self):
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.descriptor)
 
     def read_at(self, offset: int, count: int) -> bytes:
-        return os.pread(self.descriptor, count, offset)
+        """Fewer bytes where the file ends before; no more memory is taken than it has."""
+        return os.pread(self.descriptor, max(0, min(count, self.size - offset)), offset)
 
 
 class LocalFolder(ShardFolder):
@@ -84,8 +89,8 @@ class LocalFolder(ShardFolder):
         self.__init__(**state)
 
     def read(self, name: str) -> bytes:
-        with self._named(name), open(Path(self.location, name), "rb") as file:
-            return file.read()
+        with self._named(name), open(Path(self.location, name), "rb", opener=open_ordinary) as file:
+            return _limited(file.read(_LARGEST_READ + 1), self.name_of(name))
 
     def read_at(self, name: str, offset: int, count: int, size: int, sha256: str) -> bytes:
         with self._named(name):
@@ -100,7 +105,10 @@ class LocalFolder(ShardFolder):
 
     def size(self, name: str) -> int:
         with self._named(name):
-            return os.stat(Path(self.location, name)).st_size
+            found = os.stat(Path(self.location, name))
+        if not stat.S_ISREG(found.st_mode):
+            raise ShardError(f"{self.name_of(name)}: not an ordinary file")
+        return found.st_size
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -133,7 +141,7 @@ class CachedFolder(ShardFolder):
 
     def read(self, name: str) -> bytes:
         with self._remote(name) as file:
-            return file.read()
+            return _limited(file.read(_LARGEST_READ + 1), self.name_of(name))
 
     def read_at(self, name: str, offset: int, count: int, size: int, sha256: str) -> bytes:
         for _ in range(_ATTEMPTS):
@@ -226,6 +234,12 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _limited(data: bytes, name: str) -> bytes:
+    if len(data) > _LARGEST_READ:
+        raise ShardError(f"{name}: larger than {_LARGEST_READ:,} bytes: neither manifest nor index")
+    return data
 
 
 def _whole(data: bytes, count: int, name: str) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,9 @@ import numpy as np
 SCHEMA = 1
 MANIFEST, REJECTS = "manifest.json", "rejects.jsonl"
 BLOCK = 512  # tar's unit
+_SMALLEST_SAMPLE = 4 * BLOCK  # a header and a block of contents, twice
 _INDEX_VERSION = "v1.2"
+_LARGEST = 1 << 50  # bytes of a shard, and of all; a manifest that says more is none
 _SHARD_NAME = re.compile(r"shard-\d{6,}")
 
 
@@ -41,9 +44,13 @@ class ShardInfo:
     def __post_init__(self):
         # The manifest may come from elsewhere: a name with a slash in it would lead out of the folder.
         if not isinstance(self.name, str) or not _SHARD_NAME.fullmatch(self.name):
-            raise ValueError(f"shard name {self.name!r}: expected shard-000000")
-        if not all(isinstance(n, int) and n >= 0 for n in (self.samples, self.bytes)):
-            raise ValueError(f"{self.name}: samples and bytes must be whole numbers")
+            raise ValueError(f"shard name {reprlib.repr(self.name)}: expected shard-000000")
+        if not all(type(n) is int and 0 <= n < _LARGEST for n in (self.samples, self.bytes)):
+            raise ValueError(f"{self.name}: samples and bytes must be whole numbers below 2^50")
+        if self.samples * _SMALLEST_SAMPLE > self.bytes:
+            raise ValueError(f"{self.name}: {self.samples:,} samples do not fit {self.bytes:,} bytes")
+        if not all(isinstance(text, str) for text in (self.sha256, self.index_sha256)):
+            raise ValueError(f"{self.name}: sha256 and index_sha256 must be texts")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,10 @@ class Manifest:
     settings: dict = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        if not all(type(n) is int and 0 <= n < _LARGEST for n in (self.samples, self.rejected, self.bytes)):
+            raise ValueError("samples, rejected and bytes must be whole numbers below 2^50")
+
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
 
@@ -64,12 +75,14 @@ class Manifest:
         try:
             raw = json.loads(text)
             schema = raw.pop("schema", None) if isinstance(raw, dict) else None
-            if schema != SCHEMA:
-                raise ShardError(f"{name}: schema {schema!r}, this version reads {SCHEMA}; pack the data again")
+            if type(schema) is not int or schema != SCHEMA:
+                raise ShardError(
+                    f"{name}: schema {reprlib.repr(schema)}, this version reads {SCHEMA}; pack the data again"
+                )
             shards = tuple(ShardInfo(**shard) for shard in raw.pop("shards"))
             manifest = cls(shards=shards, **{**raw, "sources": tuple(raw.get("sources", ()))})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ShardError(f"{name}: not a manifest of packed shards: {error}") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ShardError(f"{name}: not a manifest of packed shards: {str(error)[:200]}") from None
         if manifest.samples != sum(shard.samples for shard in shards):
             raise ShardError(f"{name}: says {manifest.samples} samples, its shards have other numbers in sum")
         return manifest
@@ -97,9 +110,11 @@ def parse_sample(image: bytes, text: bytes) -> Sample:
     try:
         raw = json.loads(text)
         sample = Sample(raw["key"], tuple(raw["captions"]), image)
+        if not isinstance(sample.key, str) or not isinstance(raw["captions"], list):
+            raise TypeError("expected a text and a list of texts")
         stored = raw["crc32"]
         computed = checksum(image, sample.captions)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its JSON is damaged ({type(error).__name__})") from None
     if stored != computed or not sample.captions:
         raise ValueError("its contents have changed since it was packed (crc32 differs)")
@@ -120,8 +135,12 @@ def parse_index(text: str, info: ShardInfo) -> np.ndarray:
     cells = [line.split(" ") for line in lines]
     if any(len(c) != 8 or c[0] != "jpg" or c[4] != "json" for c in cells):
         raise ValueError("expected jpg and json of every sample")
-    rows = np.array([(c[1], c[2], c[5], c[6]) for c in cells], dtype=np.int64).reshape(-1, 4)
+    try:
+        rows = np.array([(c[1], c[2], c[5], c[6]) for c in cells], dtype=np.int64).reshape(-1, 4)
+    except OverflowError:
+        raise ValueError("an offset lies outside the shard") from None
     ends = np.stack([rows[:, 0] + rows[:, 1], rows[:, 2] + rows[:, 3]])
-    if (rows < 0).any() or (ends > info.bytes).any() or (rows[:, 2] < ends[0]).any():
+    # Each number by itself too: sums of 64 bits wrap around.
+    if (rows < 0).any() or (rows > info.bytes).any() or (ends > info.bytes).any() or (rows[:, 2] < ends[0]).any():
         raise ValueError("an offset lies outside the shard")
     return rows

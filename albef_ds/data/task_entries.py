@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,7 +222,7 @@ def referring() -> Parse:
 
     def parse(entry: Mapping, root: str) -> ReferringEntry:
         width, height = entry.get("width"), entry.get("height")
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (width, height)):
+        if not all(isinstance(n, int) and _is_pixels(n) and n > 0 for n in (width, height)):
             raise EntryError('"width" and "height" must be the image\'s size in pixels')
         proposals = entry.get("proposals", [])
         if not isinstance(proposals, list):
@@ -243,7 +244,7 @@ def referring() -> Parse:
 
 def _box(value, key: str) -> tuple[float, ...]:
     if not (isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_pixels, value))):
-        raise EntryError(f'"{key}": expected [x, y, width, height], found {value!r}')
+        raise EntryError(f'"{key}": expected [x, y, width, height], found {reprlib.repr(value)}')
     return tuple(value)
 
 
@@ -264,5 +265,5 @@ def _label(entry: Mapping, labels: Sequence[str], needed: bool) -> int:
     if label is None and not needed:
         return -1
     if str(label) not in labels:  # NLVR2's also come as true and false
-        raise EntryError(f'"label" is {label!r}: expected one of {", ".join(labels)}')
+        raise EntryError(f'"label" is {reprlib.repr(label)}: expected one of {", ".join(labels)}')
     return labels.index(str(label))

@@ -8,13 +8,13 @@ import importlib
 import os
 import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from albef_ds.model.weight_files import archive_fault
 from albef_ds.training.checkpoint_manifest import CheckpointError, FileEntry
 
 # What DeepSpeed's optimiser files contain beside tensors; anything else in them is refused.
@@ -87,7 +87,9 @@ def read_tensors(path: str | Path) -> Any:
         CheckpointError: not a file of tensors, plain containers and DeepSpeed's few classes. Nothing was executed.
     """
     path = Path(path)
-    _check_archive(path)
+    fault = archive_fault(path)
+    if fault:
+        raise CheckpointError(f"{path}: not a file of PyTorch's ({fault})")
     classes = [getattr(importlib.import_module(module), name) for module, name in _ALLOWED]
     try:
         with torch.serialization.safe_globals(classes):
@@ -96,20 +98,6 @@ def read_tensors(path: str | Path) -> Any:
         refused = isinstance(error, pickle.UnpicklingError)
         what = "holds what is neither tensor nor plain data" if refused else "cannot be read"
         raise CheckpointError(f"{path}: {what}; nothing was executed ({_first_line(error)})") from None
-
-
-def _check_archive(path: Path) -> None:
-    """PyTorch's files are uncompressed archives; a compressed entry could unpack to any size."""
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: not a file of PyTorch's ({_first_line(error)})") from None
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
-        raise CheckpointError(f"{path}: not a file of PyTorch's (its contents are compressed)")
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise CheckpointError(f"{path}: a program (TorchScript), not a file of tensors")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from albef_ds.data.files import open_ordinary
+
 MANIFEST = "manifest.json"
 SCHEMA = 2
 READABLE = (1, 2)  # 1 had neither the configuration nor its hash
@@ -69,7 +71,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Raises CheckpointError where there is none, or none that this version understands."""
     path = Path(folder) / MANIFEST
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_ordinary) as file:
             text = file.read(_MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no complete checkpoint ({MANIFEST} is missing)") from None

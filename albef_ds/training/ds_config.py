@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
-from contextlib import contextmanager
 from pathlib import Path
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
+
+from albef_ds.quiet import only_errors
 
 COMMENT = "_comment"  # JSON has no comments; this top-level key is dropped when reading
 
@@ -70,12 +70,16 @@ def _read(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DeepSpeedConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DeepSpeedConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
         config = json.loads(text, object_pairs_hook=_refuse_duplicates)
     except json.JSONDecodeError as error:
         raise DeepSpeedConfigError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from error
     except KeyError as error:
         raise DeepSpeedConfigError(f"{path}: key '{error.args[0]}' occurs twice") from error
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond what Python reads
+        raise DeepSpeedConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise DeepSpeedConfigError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return config
@@ -126,7 +130,7 @@ def _check_keys_and_values(path: Path, config: dict) -> None:
     watched = _Watched({k: v for k, v in config.items() if k not in BATCH_SIZES} | ANY_BATCH)
     failure = None
     try:
-        with _quiet():
+        with only_errors(deepspeed_logger):  # a check is no news
             DeepSpeedConfig(watched)
     except Exception as error:  # DeepSpeed raises anything here: AssertionError, TypeError, its own and pydantic's
         failure = error
@@ -144,7 +148,7 @@ def _check_keys_and_values(path: Path, config: dict) -> None:
 def known_top_level_keys() -> set[str]:
     """The keys that the installed DeepSpeed looks for at the top of its configuration."""
     watched = _Watched(ANY_BATCH)
-    with _quiet():
+    with only_errors(deepspeed_logger):  # a check is no news
         DeepSpeedConfig(watched)
     return watched.asked
 
@@ -199,14 +203,3 @@ def _check_precision(path: Path, config: dict) -> None:
     dtype = config.get("data_types", {}).get("buffer_dtype")
     if dtype not in (None, "fp32", "float32", "float", "torch.float32"):
         raise DeepSpeedConfigError(f"{path}: data_types.buffer_dtype '{dtype}' would round the queues; remove it")
-
-
-@contextmanager
-def _quiet():
-    """Parsing for a check is no news: DeepSpeed's log would tell it twice."""
-    level = deepspeed_logger.level
-    deepspeed_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        deepspeed_logger.setLevel(level)

@@ -14,6 +14,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
 from albef_ds.training.extension_lock import build_cpu_collectives
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
+from albef_ds.training.rendezvous import on_loopback_alone
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -31,7 +32,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        with on_loopback_alone():
+            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 

@@ -166,7 +166,7 @@ class Monitor:
             if self.rejected_count % WARN_EVERY == 0:
                 logger.warning(
                     "rank %d: sample %s rejected (%s); %d so far, listed in %s",
-                    *(self.rank, key, reason, self.rejected_count + 1, self._rejected_path),
+                    *(self.rank, _one_line(key), _one_line(reason), self.rejected_count + 1, self._rejected_path),
                 )
             self.rejected_count += 1
             if key in self._listed:
@@ -284,6 +284,11 @@ def _copy(value: float | Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return float(value)
     return value.detach().reshape(()).to(torch.float32, copy=True)  # a copy: static buffers get overwritten
+
+
+def _one_line(text: str) -> str:
+    """For a terminal: a name from a stranger's list may hold line ends, and sequences that move the cursor."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _finite(value):

@@ -28,6 +28,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from albef_ds.training.rendezvous import open_store
+
 EXIT_RANK_LOST = 69  # EX_UNAVAILABLE of sysexits.h
 
 Place = tuple[int, int, str]  # how many places the loop has passed, the step, and what it does there
@@ -110,7 +112,7 @@ class Watchdog:
         timeout = timedelta(seconds=max(self.dead_seconds, 5))
         if self.rank == 0:
             host = os.environ.get("MASTER_ADDR", socket.gethostname())
-            store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False, timeout=timeout)
+            store = open_store(host, 0, timeout)
             address = [(host, store.port)]
         dist.broadcast_object_list(address, src=0)
         if self.rank == 0:

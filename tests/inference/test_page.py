@@ -8,8 +8,10 @@ import socket
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 
+from albef_ds.__main__ import main
 from albef_ds.data.images import ImageError
 from albef_ds.inference.page import Hands, build_page
 from tests.inference.conftest import draw
@@ -123,6 +125,36 @@ def test_no_file_gets_out(address, folder):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=10)
         assert refused.value.code in (403, 404)
+
+
+def test_served_by_the_command_it_listens_on_this_machine_alone(models, folder, monkeypatch):
+    """The real server, on the host that the command has where none is given; it ends at once instead of staying."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed (pip install 'albef_ds[page]')")
+    monkeypatch.setattr("albef_ds.inference.commands._load", lambda args: models["retrieval"])
+    launch, pages, found = gradio.Blocks.launch, [], set()
+
+    def launch_and_look(page, **how):
+        before = listening_addresses()
+        pages.append(page)
+        launch(page, **how, prevent_thread_lock=True, quiet=True)
+        found.update(listening_addresses() - before)
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch_and_look)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    try:
+        assert main(["serve", "a model", "--images", str(folder), "--port", str(port)]) == 0
+    finally:
+        for page in pages:
+            page.close()
+    assert found == {("127.0.0.1", port)}
+
+
+def listening_addresses() -> set[tuple[str, int]]:
+    """Address and port of all that this process listens on."""
+    connections = psutil.Process().net_connections("inet")
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
 
 
 def test_a_page_without_a_model_that_answers_says_what_it_needs(models, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -121,8 +122,16 @@ def test_numbers_of_many_digits_and_endless_files_are_refused(tmp_path):
     text = json.dumps(manifest()).replace('"step": 7', f'"step": {"9" * 100_000}')
     with pytest.raises(CheckpointError):
         parse_manifest(text.encode(), "m")
-    (tmp_path / MANIFEST).symlink_to("/dev/zero")
+    with open(tmp_path / MANIFEST, "wb") as file:
+        file.truncate(1 << 30)  # of zeros, none of them on the disk
     with pytest.raises(CheckpointError, match="larger than"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir])
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / MANIFEST)
+    with pytest.raises(CheckpointError, match="manifest.json: unreadable: (not an ordinary file|Is a directory)"):
         read_manifest(tmp_path)
 
 
