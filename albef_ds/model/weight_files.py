@@ -27,6 +27,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         loaded = _load(path)
     except Exception as error:  # a stranger's file can fail anywhere in the two libraries
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if path.suffix == ".safetensors":
+            raise WeightsError(f"{path}: not a safetensors file ({reason})") from None
         raise WeightsError(
             f"{path}: not a file of plain tensors ({reason}). Nothing was executed; save it again as a state dict"
         ) from None
