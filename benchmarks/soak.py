@@ -25,6 +25,7 @@ import psutil
 
 from albef_ds.data.shapes_world import write_shapes_world
 from albef_ds.demo import CPU_RANKS, environment, machine
+from benchmarks import measure
 from tests.ranks import free_port
 
 # What a quantity may rise in an hour, as a share of its mean, and at least in its own unit over the time watched.
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), 60 * args.minutes, args.every)
+    result = {"environment": measure.environment(measure.pick_device()), "minutes": args.minutes, **result}
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def soak(folder: Path, seconds: float, every: float) -> dict:
-    """{"passed", "ended_early", "judged", "samples"}; the time counts from the first training step."""
+    """{"passed", "ended_early", "steps", "judged", "samples"}; the time counts from the first training step."""
     world = write_shapes_world(folder / "data", 1000, 16, seed=0)
     run = folder / "run"
     settings = [f"data.train=[{world.train}]", "data.shards=[]", "data.test=null", f"data.tokenizer={world.vocab}"]
@@ -73,6 +75,7 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
             samples.append({"seconds": now, "disk_mib": disk_mib(run), "ranks": look(process.pid)})
             time.sleep(every)
         early = process.poll() is not None
+        steps = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     finally:
         end(process)
     series = series_of(samples)
@@ -80,7 +83,7 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
         name: judge(name.rsplit(".", 1)[-1], points, max(seconds / 5, WARM_UP)) for name, points in series.items()
     }
     passed = not early and all(j["passed"] for j in judged.values())
-    return {"passed": passed, "ended_early": early, "judged": judged, "samples": samples}
+    return {"passed": passed, "ended_early": early, "steps": steps, "judged": judged, "samples": samples}
 
 
 def look(pid: int) -> list[dict]:
