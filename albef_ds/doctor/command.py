@@ -127,7 +127,9 @@ def between_ranks(mine: list[Finding], output: Path | None) -> list[Finding]:
     import torch.distributed as dist
 
     from albef_ds.training.engine import init_distributed
+    from albef_ds.training.extension_lock import build_cpu_collectives
 
+    build_cpu_collectives()  # takes a minute the first time; only then does rank 0 open the port that is waited for
     unreachable = network.reach_master()
     if unreachable is not None:
         print(unreachable, flush=True)  # rank 0 will not hear of it

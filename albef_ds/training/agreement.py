@@ -1,4 +1,5 @@
-"""What the ranks tell each other once a step: whether one was asked to end, and the loss where spikes are watched."""
+"""What the ranks tell each other once a step: whether one was asked to end, whether one could not save, and the loss
+where spikes are watched."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ class Agreed:
     """The same on every rank."""
 
     stop: bool
+    saving_failed: bool
     loss: float | None  # mean over the ranks, of two steps ago; None before there is one, or where it is not watched
 
 
 class Agreement:
-    """One sum of two numbers over a gloo group of its own, between hosts: no GPU knows of it, and none waits for it.
+    """One sum of three numbers over a gloo group of its own, between hosts: no GPU knows of it, and none waits for it.
 
     What a rank says at the end of a step is read by all at the end of the next one, when it has long arrived. A loss
     is copied to the host while the next step computes and so is said a step later still. Collective to make and to use.
@@ -30,7 +32,7 @@ class Agreement:
         self._pending: tuple[Tensor, dist.Work | None, bool] | None = None
         self._loss: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def exchange(self, stop: bool, loss: Tensor | None = None) -> Agreed:
+    def exchange(self, stop: bool, saving_failed: bool, loss: Tensor | None = None) -> Agreed:
         """Says what this rank has to say at the end of this step; returns what all said at the end of the last.
 
         Args:
@@ -38,7 +40,8 @@ class Agreement:
         """
         agreed = self._received()
         before = self._read_loss()
-        said = torch.tensor([float(stop), 0.0 if before is None else before], dtype=torch.float64)
+        loss_said = 0.0 if before is None else before
+        said = torch.tensor([float(stop), float(saving_failed), loss_said], dtype=torch.float64)
         work = dist.all_reduce(said, group=self._group, async_op=True) if self._group is not None else None
         self._pending = (said, work, before is not None)
         self._loss = None if loss is None else _copy_to_host(loss)
@@ -51,12 +54,12 @@ class Agreement:
 
     def _received(self) -> Agreed:
         if self._pending is None:
-            return Agreed(False, None)
+            return Agreed(False, False, None)
         said, work, with_loss = self._pending
         if work is not None:
             work.wait()
-        stop, loss = said.tolist()
-        return Agreed(stop > 0, loss / self.world_size if with_loss else None)
+        stop, failed, loss = said.tolist()
+        return Agreed(stop > 0, failed > 0, loss / self.world_size if with_loss else None)
 
     def _read_loss(self) -> float | None:
         if self._loss is None:

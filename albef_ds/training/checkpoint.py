@@ -107,10 +107,15 @@ class Checkpoints:
             self.wait()
         return target
 
-    def check(self, step: int) -> None:
-        """Once a step, costs nothing. Raises CheckpointError soon after a checkpoint could not be written, at the same
-        step on all ranks, where checkpoint.on_error says to stop."""
-        self._writer.check(step)
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written and checkpoint.on_error says to stop. Ranks hear of it at different
+        moments: where one has, let all of them `give_up` at the same step."""
+        return self._writer.failed
+
+    def give_up(self) -> None:
+        """Raises CheckpointError: what could not be written, and why."""
+        self._writer.give_up()
 
     def wait(self) -> None:
         """Until what was begun is on the disk; raises CheckpointError where it could not be written."""

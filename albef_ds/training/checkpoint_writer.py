@@ -27,6 +27,7 @@ from albef_ds.training.upload import Uploader
 log = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(hours=6)  # for the slowest rank's disk
+_GRACE = 10.0  # seconds between the first rank's hearing of a failure and the last's, at most
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 
 
@@ -68,8 +69,6 @@ class CheckpointWriter:
         self._group: dist.ProcessGroup | None = None
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
-        self._stop_at = 0
-        self._reached = 0  # step of the main loop; the ranks agree by it when to stop
 
     def begin(self, files: Mapping[str, Any], step: int, waiting_since: float) -> None:
         """Starts to write this rank's `files`, by name, as the checkpoint of `step`; nothing may change them until
@@ -89,12 +88,15 @@ class CheckpointWriter:
             self._thread = None
         self._raise()
 
-    def check(self, step: int) -> None:
-        """Training has reached `step`. Raises CheckpointError at the same step on all ranks, after a checkpoint could
-        not be written and checkpoint.on_error says to stop."""
-        self._reached = step
-        if self._failure and step >= self._stop_at:
-            self._raise()
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
+
+    def give_up(self) -> None:
+        """Some rank has failed. Raises CheckpointError on this one too, which may be about to hear of it."""
+        if self._thread is not None:
+            self._thread.join(_GRACE)
+        raise CheckpointError(self._failure or "another rank could not write its part of a checkpoint; see its log")
 
     def _raise(self) -> None:
         if self._failure:
@@ -120,7 +122,7 @@ class CheckpointWriter:
         target = self.folder / step_folder(step)
         attempts = 1 if self.settings.on_error == "stop" else self.settings.retries + 1
         for attempt in range(1, attempts + 1):
-            size, problem, reached = self._attempt(files, target, step)
+            size, problem = self._attempt(files, target, step)
             if problem is None:
                 return size
             if attempt < attempts:
@@ -133,38 +135,34 @@ class CheckpointWriter:
             what = "training goes on without this checkpoint"
         else:
             advice = "the checkpoints before it are untouched; make room or repair the disk, then start the run again"
-            # The loops of the ranks are never more than a step apart.
-            self._stop_at, self._failure = reached + 2, f"{problem}; {advice}"
+            self._failure = f"{problem}; {advice}"
             what = "training stops"
         if dist.get_rank() == 0:
             log.error("%s; %s (checkpoint.on_error: %s)", problem, what, self.settings.on_error)
         return 0
 
-    def _attempt(self, files: Mapping[str, Any], target: Path, step: int) -> tuple[int, str | None, int]:
-        """The bytes that this rank wrote; what went wrong on any rank (None: nothing) and the step that training has
-        reached, both the same on all ranks."""
+    def _attempt(self, files: Mapping[str, Any], target: Path, step: int) -> tuple[int, str | None]:
+        """The bytes that this rank wrote, and what went wrong on any rank (None: nothing), the same on all."""
         rank = dist.get_rank()
-        _, problem, reached = self._together(target, lambda: self._prepare(target, step) if rank == 0 else None)
+        _, problem = self._together(target, lambda: self._prepare(target, step) if rank == 0 else None)
         written: list[dict[str, FileEntry]] = []
         if problem is None:
-            written, problem, reached = self._together(
+            written, problem = self._together(
                 target, lambda: {name: write_tensors(state, target / name) for name, state in files.items()}
             )
         if problem is None:
             merged = {name: entry for part in written for name, entry in part.items()}
-            _, problem, reached = self._together(
-                target, lambda: self._commit(target, step, merged) if rank == 0 else None
-            )
+            _, problem = self._together(target, lambda: self._commit(target, step, merged) if rank == 0 else None)
         if problem is not None:
             if rank == 0:
                 shutil.rmtree(target, ignore_errors=True)  # the room it took is needed
-            return 0, problem, reached
+            return 0, problem
         if rank == 0:
             self._after_commit(target)
-        return sum(entry.size for entry in written[rank].values()), None, reached
+        return sum(entry.size for entry in written[rank].values()), None
 
-    def _together(self, target: Path, action: Callable[[], Any]) -> tuple[list, str | None, int]:
-        """Runs `action` on every rank; (results by rank, the first rank's problem, furthest step reached)."""
+    def _together(self, target: Path, action: Callable[[], Any]) -> tuple[list, str | None]:
+        """Runs `action` on every rank; (results by rank, the first rank's problem)."""
         result, problem = None, None
         try:
             result = action()
@@ -172,13 +170,13 @@ class CheckpointWriter:
             problem = disk_error(error, target)
         except CheckpointError as error:
             problem = f"{error} ({free_space(target)})"
-        mine = (result, problem, self._reached)
+        mine = (result, problem)
         answers = [mine]
         if self._group is not None:
             answers = [None] * dist.get_world_size()
             dist.all_gather_object(answers, mine, group=self._group)
-        problems = [f"{p} (rank {i})" for i, (_, p, _) in enumerate(answers) if p]
-        return [r for r, _, _ in answers], problems[0] if problems else None, max(s for _, _, s in answers)
+        problems = [f"{p} (rank {i})" for i, (_, p) in enumerate(answers) if p]
+        return [r for r, _ in answers], problems[0] if problems else None
 
     def _prepare(self, target: Path, step: int) -> None:
         if self.new_course and self.folder.is_dir():

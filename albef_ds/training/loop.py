@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Runs steps start_step to total_steps. `batches` yields this rank's micro-batches, on its device.
 
-    Raises, on all ranks at the same step: Stopped (asked to end, and saved), BadStepsError, RollBack.
+    Raises, on all ranks at the same step: Stopped (asked to end, and saved), BadStepsError, CheckpointError, RollBack.
     """
     task = engine.module
     task.train()
@@ -91,11 +91,10 @@ def train(
         task.finish_step(applied)
         clamp_temperature(engine)
         monitor.log(step + 1, logged, {"lr": lr, "alpha": alpha, "skipped": 1.0 - applied, **measures(engine)})
-        checkpoints.check(step + 1)
         if faults.bad_steps.after_step(step + 1, applied):
             checkpoints.finish()
             faults.bad_steps.stop(checkpoints.newest())
-        stop = asked_to_stop(faults, step, logged)
+        stop = asked_to_stop(faults, checkpoints, step, logged)
         last = step + 1 == plan.total_steps
         if (step + 1) % plan.checkpoint_every == 0 or last or stop:
             faults.watchdog.at(step + 1, "saving")
@@ -113,10 +112,13 @@ def train(
     faults.agreement.close()
 
 
-def asked_to_stop(faults: Faults, step: int, losses: dict[str, torch.Tensor]) -> bool:
-    """Whether any rank was asked to end by the last step; on all ranks the same. Raises RollBack after a loss spike."""
+def asked_to_stop(faults: Faults, checkpoints: Checkpoints, step: int, losses: dict[str, torch.Tensor]) -> bool:
+    """Whether any rank was asked to end by the last step; on all ranks the same. Raises RollBack after a loss spike,
+    CheckpointError where a checkpoint could not be written and the run is to stop then."""
     loss = sum(losses.values()) if faults.spikes is not None else None
-    agreed = faults.agreement.exchange(faults.signals.received is not None, loss)
+    agreed = faults.agreement.exchange(faults.signals.received is not None, checkpoints.failed, loss)
+    if agreed.saving_failed:
+        checkpoints.give_up()
     if agreed.loss is not None:
         faults.spikes.add(step - DELAY, agreed.loss)
     return agreed.stop

@@ -70,7 +70,6 @@ def run_part(folder: str, last: int, saved: tuple[int, ...], dropout: float = 0.
         losses[step] = train_step(engine, step)
         if step in saved:
             checkpoints.save(engine, step)
-        checkpoints.check(step)
     checkpoints.finish()
     return {
         "start": start,

@@ -105,15 +105,14 @@ def scenario(folder: str) -> dict:
 
 
 def run_until_stopped(checkpoints, step: int) -> tuple[int, str]:
-    import torch.distributed as dist
+    from albef_ds.training.agreement import Agreement
 
+    agreement = Agreement()
     for at in range(step, 2000):
-        dist.barrier()  # as a training step: no rank is more than one step ahead
         threading.Event().wait(0.002)
-        try:
-            checkpoints.check(at)
-        except CheckpointError as error:
-            return at, str(error)
+        if agreement.exchange(stop=False, saving_failed=checkpoints.failed).saving_failed:
+            agreement.close()
+            return at, message_of(checkpoints.give_up)
     return -1, "never stopped"
 
 
