@@ -54,9 +54,8 @@ class Contrastive(Task):
         """The step's features enter the queue, in the order of the global batch: a rank's micro-batches are consecutive
         in it."""
         if applied and self._features:
-            image_feats, text_feats, ids = zip(*self._features, strict=True)
-            ids = None if ids[0] is None else torch.cat(ids)
-            self.queue.enqueue(*gather_features(torch.cat(image_feats), torch.cat(text_feats), ids))
+            image_feat, text_feat, ids = map(_joined, zip(*self._features, strict=True))
+            self.queue.enqueue(*gather_features(image_feat, text_feat, ids))
         self._features.clear()
         super().finish_step(applied)
 
@@ -140,6 +139,10 @@ class Contrastive(Task):
         exists = torch.cat([torch.ones_like(negative_text, dtype=torch.bool), negative_text >= 0, negative_image >= 0])
         losses = F.cross_entropy(logits, labels, reduction="none")
         return (losses * exists).sum() / exists.sum()
+
+
+def _joined(micro_batches: tuple[Tensor | None, ...]) -> Tensor | None:
+    return micro_batches[0] if len(micro_batches) == 1 or micro_batches[0] is None else torch.cat(micro_batches)
 
 
 def three_pairs(negative_text: Tensor, negative_image: Tensor) -> tuple[Tensor, Tensor]:
