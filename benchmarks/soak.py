@@ -75,7 +75,8 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
             samples.append({"seconds": now, "disk_mib": disk_mib(run), "ranks": look(process.pid)})
             time.sleep(every)
         early = process.poll() is not None
-        steps = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()  # the last may be half written
+        steps = json.loads(whole[-1])["step"] if whole else 0
     finally:
         end(process)
     series = series_of(samples)
