@@ -120,11 +120,13 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, training/muon.py
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.02, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     fused: Literal["torch", "apex"] = "torch"  # whose AdamW kernel; apex: NVIDIA's, which must be installed
+    muon_lr_ratio: float = Field(3.0, gt=0)  # Muon's learning rate as a multiple of lr
 
 
 class ScheduleConfig(_Section):

@@ -13,6 +13,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 
 from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
 from albef_ds.training.extension_lock import build_cpu_collectives
+from albef_ds.training.muon import Matrices
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
 from albef_ds.training.rendezvous import on_loopback_alone
 
@@ -67,6 +68,13 @@ def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict
 
 def build_engine(task: torch.nn.Module, optimizer: OptimizerConfig, config: Mapping) -> deepspeed.DeepSpeedEngine:
     """Wraps the task. Weights must be loaded before: ZeRO copies them into its fp32 masters here."""
+    config = dict(config)
+    if optimizer.name == "muon":
+        if _offloads(config):
+            raise ConfigError(
+                "optimizer.name is muon, and DeepSpeed offloads the optimiser to the CPU: use adamw there"
+            )
+        config["zero_allow_untested_optimizer"] = True  # DeepSpeed's list knows its own Muon only
     if _offloads(config):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -74,7 +82,11 @@ def build_engine(task: torch.nn.Module, optimizer: OptimizerConfig, config: Mapp
         adam = DeepSpeedCPUAdam(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, adamw_mode=True)
     else:
         adam = build_optimizer(task, optimizer, optimizer.fused)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=adam, config=dict(config))
+    engine, *_ = deepspeed.initialize(model=task, optimizer=adam, config=config)
+    if optimizer.name == "muon" and engine.zero_optimization():
+        for group, shapes in zip(adam.param_groups, engine._get_zero_param_shapes(), strict=True):
+            if group.get("muon"):
+                adam.divide(group["params"][0], Matrices.of(shapes, dist.get_rank(), dist.get_world_size()))
     return engine
 
 

@@ -19,9 +19,10 @@ from tests.tiny import tiny_batch, tiny_model
 
 MICRO, PARTS = 3, 2
 IDENTITY = {"task": "pretraining", "model": tiny_model().model_dump(mode="json"), "train": {"seed": 3}}
+ADAMW, MUON = OptimizerConfig(lr=1e-3), OptimizerConfig(name="muon", lr=1e-3, muon_lr_ratio=1.0)
 
 
-def build(dropout: float = 0.0):
+def build(dropout: float = 0.0, optimizer: OptimizerConfig = ADAMW):
     """The engine of this rank."""
     from albef_ds.training.engine import build_engine, engine_config, init_distributed
 
@@ -33,7 +34,7 @@ def build(dropout: float = 0.0):
         global_batch=MICRO * PARTS, micro_batch=MICRO, accumulation=PARTS // world_size, world_size=world_size
     )
     json = {"zero_optimization": {"stage": 2, "contiguous_gradients": True}}
-    return build_engine(task, OptimizerConfig(lr=1e-3), engine_config(json, plan, clip=0.5))
+    return build_engine(task, optimizer, engine_config(json, plan, clip=0.5))
 
 
 def train_step(engine, step: int) -> float:
@@ -58,9 +59,11 @@ def open_checkpoints(folder: Path, wait: float = 0.02, **settings):
     return Checkpoints(folder, CheckpointConfig(**settings), IDENTITY, config={"name": "tiny"}, wait=wait)
 
 
-def run_part(folder: str, last: int, saved: tuple[int, ...], dropout: float = 0.0) -> dict:
+def run_part(
+    folder: str, last: int, saved: tuple[int, ...], dropout: float = 0.0, optimizer: OptimizerConfig = ADAMW
+) -> dict:
     """Resumes from the newest checkpoint, or starts; trains to step `last`, saving after the steps `saved`."""
-    engine = build(dropout)
+    engine = build(dropout, optimizer)
     checkpoints = open_checkpoints(Path(folder), keep=9)
     newest = checkpoints.newest()
     start = checkpoints.load(engine, newest) if newest else 0

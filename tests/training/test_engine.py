@@ -13,6 +13,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_batch, tiny_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3)
+MUON = OptimizerConfig(name="muon", lr=1e-3, muon_lr_ratio=1.0)
 MICRO, STEPS = 3, 5
 
 
@@ -34,11 +35,11 @@ def build_zero2(task, world_size: int, accumulation: int = 1, clip: float = 0.0,
     return build_engine(task, optimizer, engine_config(json, plan, clip))
 
 
-def run_zero2(zero: dict, accumulation: int, clip: float) -> dict[str, torch.Tensor]:
+def run_zero2(zero: dict, accumulation: int, clip: float, optimizer: OptimizerConfig) -> dict[str, torch.Tensor]:
     from albef_ds.training.engine import clamp_temperature, init_distributed
 
     rank, world_size, _ = init_distributed()
-    engine = build_zero2(build_task(), world_size, accumulation, clip, **zero)
+    engine = build_zero2(build_task(), world_size, accumulation, clip, optimizer, **zero)
     task = engine.module
     for step in range(STEPS):
         task.start_step(alpha=0.3)
@@ -51,14 +52,14 @@ def run_zero2(zero: dict, accumulation: int, clip: float) -> dict[str, torch.Ten
     return {name: value.clone() for name, value in task.state_dict().items()}
 
 
-def run_ddp(accumulation: int, clip: float) -> dict[str, torch.Tensor]:
+def run_ddp(accumulation: int, clip: float, config: OptimizerConfig) -> dict[str, torch.Tensor]:
     from albef_ds.training.engine import init_distributed
     from albef_ds.training.optimizer import build_optimizer
 
     rank, _, _ = init_distributed()
     task = build_task()
     model = torch.nn.parallel.DistributedDataParallel(task, broadcast_buffers=False)
-    optimizer = build_optimizer(task, OPTIMIZER)
+    optimizer = build_optimizer(task, config)
     for step in range(STEPS):
         task.start_step(alpha=0.3)
         optimizer.zero_grad()
@@ -74,16 +75,17 @@ def run_ddp(accumulation: int, clip: float) -> dict[str, torch.Tensor]:
 
 
 VARIANTS = {
-    "plain": ({"overlap_comm": False}, 1, 0.0),
-    "overlap_comm": ({"overlap_comm": True}, 1, 0.0),
-    "overlap_comm, accumulation and clipping": ({"overlap_comm": True}, 2, 0.5),
+    "plain": ({"overlap_comm": False}, 1, 0.0, OPTIMIZER),
+    "overlap_comm": ({"overlap_comm": True}, 1, 0.0, OPTIMIZER),
+    "overlap_comm, accumulation and clipping": ({"overlap_comm": True}, 2, 0.5, OPTIMIZER),
+    "muon": ({"overlap_comm": True}, 2, 0.5, MUON),
 }
 
 
 def run_variants() -> dict[str, tuple[dict, dict]]:
     return {
-        name: (run_zero2(zero, accumulation, clip), run_ddp(accumulation, clip))
-        for name, (zero, accumulation, clip) in VARIANTS.items()
+        name: (run_zero2(zero, accumulation, clip, optimizer), run_ddp(accumulation, clip, optimizer))
+        for name, (zero, accumulation, clip, optimizer) in VARIANTS.items()
     }
 
 

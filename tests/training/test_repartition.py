@@ -18,7 +18,7 @@ from albef_ds.training.random_state import derive_random_state
 from albef_ds.training.repartition import FlatLayout, cut_slice
 from albef_ds.training.restore import MODEL_FILE, repartition, zero_file
 from tests.ranks import run_ranks
-from tests.training.checkpointed import run_part
+from tests.training.checkpointed import MUON, run_part
 
 STEPS = 7
 
@@ -135,6 +135,27 @@ def test_random_numbers_start_anew_on_other_ranks_each_with_its_own_always_the_s
             numbers = (torch.rand(()).item(), random.random(), np.random.random())  # noqa: NPY002
             assert drawn.setdefault(where, numbers) == numbers
     assert len(set(drawn.values())) == len(drawn) == 5
+
+
+def test_muon_s_momentum_goes_through_checkpoints_and_to_another_number_of_ranks(tmp_path):
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    undisturbed = run_ranks(2, run_part, str(whole), 4, (2,), 0.0, MUON)
+    shutil.copytree(whole / "step_00000002", other / "step_00000002")
+    resumed = run_ranks(2, run_part, str(other), 4, (), 0.0, MUON)
+    alone = run_ranks(1, run_part, str(other), 4, (), 0.0, MUON)[0]
+    for a, b in zip(undisturbed, resumed, strict=True):
+        assert b["start"] == 2 and a["final"].keys() == b["final"].keys()
+        for name, value in a["final"].items():
+            assert torch.equal(b["final"][name], value), name
+    [momentum] = [name for name in alone["restored"] if name.startswith("momentum ")]
+    joined = torch.cat([rank["restored"][momentum] for rank in resumed])
+    size = min(joined.numel(), alone["restored"][momentum].numel())  # the rest is padding
+    assert torch.equal(alone["restored"][momentum][:size], joined[:size]) and joined.any()
+    assert not joined[size:].any() and not alone["restored"][momentum][size:].any()
+    expected = mean_losses(undisturbed)
+    for step, loss in alone["losses"].items():
+        # bf16 rounds an update by 1e-3 of itself, and otherwise where ranks stack other matrices together
+        assert loss == pytest.approx(expected[step], rel=2e-4), step
 
 
 # -- whole states, any number of ranks ---------------------------------------------------------------------------------
