@@ -3,9 +3,9 @@
     python -m benchmarks.soak --minutes 30 [--out soak.json] [--json]
 
 The demo's model on Shapes World, two ranks, started as `make demo` starts it, with a checkpoint every 50 steps. Every
-ten seconds each rank is looked at from outside (with its loader's processes), and the run's folder. After a
-fifth of the time, and three minutes at least (the first checkpoint, caches), a straight line through what is left must
-not rise by more than LIMITS; exit status 1 if one does, if the run ends before its time, or was too short to tell.
+ten seconds each rank is looked at from outside (with its loader's processes), and the run's folder. After a third of the
+time, and three minutes at least (the first checkpoint, caches, batches of every length), a straight line through what is
+left must not rise by more than LIMITS; exit status 1 if one does, if the run ends before its time, or was too short.
 """
 
 from __future__ import annotations
@@ -44,11 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), 60 * args.minutes, args.every)
     result = {"environment": measure.environment(measure.pick_device()), "minutes": args.minutes, **result}
-    text = json.dumps(result, indent=1)
+    text = as_text(result)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
     print(text if args.json else "\n".join(f"{k:28} {v['verdict']}" for k, v in result["judged"].items()))
     return 0 if result["passed"] else 1
+
+
+def as_text(result: dict) -> str:
+    """JSON with a line a sample."""
+    samples = ",\n".join(f"  {json.dumps(sample)}" for sample in result["samples"])
+    head = json.dumps({key: value for key, value in result.items() if key != "samples"}, indent=1)
+    return f'{head.removesuffix("}").rstrip()},\n "samples": [\n{samples}\n ]\n}}\n'
 
 
 def soak(folder: Path, seconds: float, every: float) -> dict:
@@ -72,7 +79,7 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
             time.sleep(0.5)
         start = time.monotonic()
         while (now := time.monotonic() - start) < seconds and process.poll() is None:
-            samples.append({"seconds": now, "disk_mib": disk_mib(run), "ranks": look(process.pid)})
+            samples.append({"seconds": round(now, 1), "disk_mib": disk_mib(run), "ranks": look(process.pid)})
             time.sleep(every)
         early = process.poll() is not None
         whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()  # the last may be half written
@@ -81,7 +88,7 @@ def soak(folder: Path, seconds: float, every: float) -> dict:
         end(process)
     series = series_of(samples)
     judged = {
-        name: judge(name.rsplit(".", 1)[-1], points, max(seconds / 5, WARM_UP)) for name, points in series.items()
+        name: judge(name.rsplit(".", 1)[-1], points, max(seconds / 3, WARM_UP)) for name, points in series.items()
     }
     passed = not early and all(j["passed"] for j in judged.values())
     return {"passed": passed, "ended_early": early, "steps": steps, "judged": judged, "samples": samples}
@@ -96,7 +103,7 @@ def look(pid: int) -> list[dict]:
             family = [rank, *rank.children(recursive=True)]
             found.append(
                 {
-                    "rss_mib": sum(p.memory_info().rss for p in family) / 2**20,
+                    "rss_mib": round(sum(p.memory_info().rss for p in family) / 2**20, 1),
                     "files": sum(p.num_fds() for p in family),
                     "threads": sum(p.num_threads() for p in family),
                     "processes": len(family),
@@ -114,7 +121,7 @@ def disk_mib(folder: Path) -> float:
             total += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:  # a checkpoint that has just gone
             continue
-    return total / 2**20
+    return round(total / 2**20, 1)
 
 
 def series_of(samples: Sequence[dict]) -> dict[str, list[tuple[float, float]]]:

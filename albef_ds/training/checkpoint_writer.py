@@ -20,7 +20,6 @@ from albef_ds.config import CheckpointConfig
 from albef_ds.data.files import write_atomically
 from albef_ds.training.checkpoint_files import disk_error, free_space, sync_folder, write_tensors
 from albef_ds.training.checkpoint_manifest import MANIFEST, CheckpointError, FileEntry, Manifest, check_size
-from albef_ds.training.host_memory import give_back
 from albef_ds.training.retention import prune, set_aside, step_folder
 from albef_ds.training.upload import Uploader
 
@@ -115,7 +114,6 @@ class CheckpointWriter:
         except BaseException as error:  # no other thread would hear of it
             self._failure = f"{self.folder / step_folder(step)}: cannot be written: {type(error).__name__}: {error}"
             log.error("%s", self._failure)
-        give_back()  # in the background, too
 
     def _write_with_retries(self, files: Mapping[str, Any], step: int) -> int:
         """The bytes that this rank wrote; 0 where the checkpoint was given up."""

@@ -15,6 +15,7 @@ from albef_ds.training.bad_steps import BadSteps
 from albef_ds.training.checkpoint import Checkpoints
 from albef_ds.training.engine import clamp_temperature, set_learning_rate
 from albef_ds.training.flops import FlopCount
+from albef_ds.training.host_memory import give_back
 from albef_ds.training.monitor import Monitor
 from albef_ds.training.spikes import DELAY, Spikes
 from albef_ds.training.stop import Stopped, StopSignals, signals_blocked
@@ -91,6 +92,8 @@ def train(
         task.finish_step(applied)
         clamp_temperature(engine)
         monitor.log(step + 1, logged, {"lr": lr, "alpha": alpha, "skipped": 1.0 - applied, **measures(engine)})
+        if (step + 1) % plan.log_every == 0:
+            give_back()
         if faults.bad_steps.after_step(step + 1, applied):
             checkpoints.finish()
             faults.bad_steps.stop(checkpoints.newest())

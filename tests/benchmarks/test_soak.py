@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
-from benchmarks.soak import judge, series_of
+from benchmarks.soak import as_text, judge, series_of
 
 MINUTES_30 = [10.0 * i for i in range(180)]
 
@@ -44,3 +45,11 @@ def test_a_rank_that_has_ended_leaves_the_others_series():
         "rank_0.rss_mib": [(0, 1.0)],
         "rank_1.rss_mib": [(0, 2.0)],
     }
+
+
+def test_the_file_is_json_with_a_line_a_look():
+    samples = [{"seconds": 10.0 * i, "disk_mib": 1.5, "ranks": [{"rss_mib": 2.0}]} for i in range(4)]
+    result = {"minutes": 30, "passed": True, "samples": samples, "judged": {"disk_mib": {"passed": True}}}
+    text = as_text(result)
+    assert json.loads(text) == result
+    assert sum('"seconds"' in line for line in text.splitlines()) == 4
