@@ -3,9 +3,10 @@
     python -m benchmarks.soak --minutes 30 [--out soak.json] [--json]
 
 The demo's model on Shapes World, two ranks, started as `make demo` starts it, with a checkpoint every 50 steps. Every
-ten seconds each rank is looked at from outside (with its loader's processes), and the run's folder. After a third of the
-time, and three minutes at least (the first checkpoint, caches, batches of every length), a straight line through what is
-left must not rise by more than LIMITS; exit status 1 if one does, if the run ends before its time, or was too short.
+ten seconds each rank is looked at from outside (with its loader's processes), and the run's folder. After a third of
+the time, and three minutes at least (the first checkpoint, caches, batches of every length), a straight line through
+what is left must not rise by more than LIMITS;
+exit status 1 if one does, or if the run ends before its time or is too short.
 """
 
 from __future__ import annotations
