@@ -13,7 +13,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 
 from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
 from albef_ds.training.extension_lock import build_cpu_collectives
-from albef_ds.training.muon import Matrices
+from albef_ds.training.muon import Matrices, Muon
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
 from albef_ds.training.rendezvous import on_loopback_alone
 
@@ -79,15 +79,20 @@ def build_engine(task: torch.nn.Module, optimizer: OptimizerConfig, config: Mapp
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         groups = parameter_groups(task, optimizer.weight_decay)
-        adam = DeepSpeedCPUAdam(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, adamw_mode=True)
+        built = DeepSpeedCPUAdam(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, adamw_mode=True)
     else:
-        adam = build_optimizer(task, optimizer, optimizer.fused)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=adam, config=config)
-    if optimizer.name == "muon" and engine.zero_optimization():
-        for group, shapes in zip(adam.param_groups, engine._get_zero_param_shapes(), strict=True):
-            if group.get("muon"):
-                adam.divide(group["params"][0], Matrices.of(shapes, dist.get_rank(), dist.get_world_size()))
+        built = build_optimizer(task, optimizer, optimizer.fused)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=built, config=config)
+    if isinstance(built, Muon) and engine.zero_optimization():
+        _divide(built, engine)
     return engine
+
+
+def _divide(muon: Muon, engine: deepspeed.DeepSpeedEngine) -> None:
+    """Tells Muon which matrices, and which parts of them, the flat tensors hold that ZeRO has put into its groups."""
+    for group, shapes in zip(muon.param_groups, engine._get_zero_param_shapes(), strict=True):
+        if group.get("muon"):
+            muon.divide(group["params"][0], Matrices.of(shapes, dist.get_rank(), dist.get_world_size()))
 
 
 def _offloads(config: Mapping) -> bool:

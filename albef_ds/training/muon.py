@@ -2,6 +2,9 @@
 for hidden layers in neural networks"; under ZeRO as in Liu et al., 2025, arXiv:2502.16982).
 
 The matrices of the transformers' blocks take it; all else (embeddings, heads, biases, norms) stays with AdamW.
+
+torch.optim.Muon computes the same, but takes whole matrices, one after the other; ZeRO leaves an optimiser flat slices.
+DeepSpeed's own Muon works where gradients are put into their slices: before clipping, not in the optimiser's step.
 """
 
 from __future__ import annotations

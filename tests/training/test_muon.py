@@ -90,6 +90,27 @@ def test_an_update_has_the_size_of_adamw_s():
     assert rms == pytest.approx(0.2e-3, rel=0.2)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has its own since 2.9")
+@pytest.mark.parametrize("shape", [(5, 7), (64, 16), (1, 3), (128, 128)])
+def test_a_matrix_is_updated_as_by_pytorch_s_own(shape):
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape))
+    theirs, before = torch.nn.Parameter(ours.detach().clone()), ours.detach().clone()
+    muon = Muon([{"params": [ours], "muon": True, "lr_ratio": 2.0}], lr=5e-3, weight_decay=0.1, fused=True)
+    # The settings are written out: its defaults may change.
+    own = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        own.step()
+    # bf16 products in another order: a hundredth of a step of 1e-2
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=6e-4)
+    assert (ours - before).abs().max() > 0.005
+
+
 def test_the_rest_is_updated_as_by_adamw_alone():
     torch.manual_seed(0)
     ours, plain = torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)
