@@ -67,10 +67,11 @@ def test_an_update_is_nearly_orthogonal_whatever_the_gradient_s_scale(rows, colu
     if scale * matrix.norm(dim=(1, 2)).max() > 1e-5:  # below, the guard against dividing by zero is felt
         unit = found / (0.2 * max(rows, columns) ** 0.5)
         singular = torch.linalg.svdvals(unit)
-        # Jordan's coefficients lead into 0.68 to 1.14; bf16 adds three digits of its own.
-        assert singular.min() > 0.6 and singular.max() < 1.25
+        # Jordan's coefficients lead into 0.68 to 1.14, bf16's rounding a little beyond: every case of this grid is
+        # within 0.673 to 1.146. Values within [a, b] put the cosine to u v at 2 sqrt(ab) / (a + b) or above: 0.965.
+        assert singular.min() > 0.65 and singular.max() < 1.17
         cosine = torch.nn.functional.cosine_similarity(unit.flatten(1), (u @ v).flatten(1))
-        assert cosine.min() > 0.97
+        assert cosine.min() > 0.95
     assert found.isfinite().all()
 
 
