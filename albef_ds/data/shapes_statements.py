@@ -197,14 +197,15 @@ _STATEMENTS, _STATEMENT_SHARES = zip(
 )
 
 
-def draw_phrase(scene: Scene, rng: np.random.Generator) -> tuple[int, str]:
-    """(number of an object, phrase that fits this object of the scene only)."""
-    if rng.random() < 0.3 and (related := _by_relation(scene)):
-        target, phrase = pick(rng, related)
+def draw_phrase(scene: Scene, rng: np.random.Generator) -> tuple[int, str, bool]:
+    """(number of an object, phrase that fits this object of the scene only, whether it says where the object is)."""
+    located = _by_relation(scene) if rng.random() < 0.3 else []
+    if located:
+        target, phrase = pick(rng, located)
     else:
         target, description = pick(rng, unambiguous(scene, _PHRASE_FORMS))
         phrase = description.words
-    return target, f"the {phrase}"
+    return target, f"the {phrase}", bool(located)
 
 
 def _by_relation(scene: Scene) -> list[tuple[int, str]]:

@@ -22,7 +22,7 @@ from albef_ds.data.shapes_statements import LABELS, draw_another, draw_hypothesi
 from albef_ds.data.shapes_world import ShapesWorld, write_list
 from albef_ds.data.whole_folder import is_made_from, whole_folder
 
-VERSION = 1  # of these files; a change of what is asked, said or drawn raises it
+VERSION = 2  # of these files; a change of what is asked, said or drawn raises it
 _STREAM = 2  # of random numbers; 0 and 1 are the world's own
 _TASKS = ("retrieval", "vqa", "entailment", "nlvr", "grounding")
 # Captions, questions, hypotheses, statements, phrases for an image; captions of test images are the world's.
@@ -30,6 +30,7 @@ _EACH = {
     "train": {"retrieval": 3, "vqa": 8, "entailment": 8, "nlvr": 4, "grounding": 4},
     "test": {"vqa": 4, "entailment": 4, "nlvr": 4, "grounding": 4},
 }
+PHRASES = ("appearance", "location")  # splits of the test phrases; RefCOCO+ has none of the second kind
 _VG_SHARE = 0.2  # of the training questions: one answer, in the form of Visual Genome's
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
@@ -218,14 +219,14 @@ def _grounding(source: _Source, with_boxes: bool) -> Iterator[dict]:
     for i, (image, scene) in enumerate(zip(source.images, source.scenes, strict=True)):
         rng = source.rng("grounding", i)
         for k in range(each):
-            target, text = draw_phrase(scene, rng)
+            target, text, located = draw_phrase(scene, rng)
             entry = {"image": image, "text": text, "ref_id": i * each + k}
             if with_boxes:
                 entry |= {
                     "box": _corner_and_sides(scene.objects[target].box),
                     "width": scene.image_size,
                     "height": scene.image_size,
-                    "split": ("val", "testA")[i % 2],
+                    "split": PHRASES[located],
                     "proposals": _proposals(scene, rng),
                 }
             yield entry

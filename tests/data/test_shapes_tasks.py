@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ from albef_ds.data.shapes_scene import Scene, SceneObject
 from albef_ds.data.shapes_tasks import ShapesTasks, write_shapes_tasks
 from albef_ds.data.shapes_world import write_shapes_world
 from albef_ds.data.tokenizer import load_tokenizer
-from tests.data.shapes_reader import answer, label, meant, truth
+from tests.data.shapes_reader import RELATION, answer, label, meant, truth
 from tests.data.test_shapes_world import says_true_things, scenes_of
 
 
@@ -141,7 +142,7 @@ def test_every_file_has_the_references_form(entries, big):
         assert list(entry) == ["image", "dataset", "question", "answer", "question_id"]
         assert type(entry["answer"]) is {"vqa": list, "vg": str}[entry["dataset"]]
     assert {e["dataset"] for e in entries["vqa_test"]} == {"vqa"}
-    assert {e["split"] for e in entries["grounding_test"]} == {"val", "testA"}
+    assert {e["split"] for e in entries["grounding_test"]} == {"appearance", "location"}
     for name, key in (("vqa_train", "question_id"), ("vqa_test", "question_id"), ("grounding_test", "ref_id")):
         assert len({e[key] for e in entries[name]}) == len(entries[name])
     assert entries["retrieval_test"] == json.loads(big.test.read_text())
@@ -225,6 +226,7 @@ def test_phrases_mean_one_object_and_the_box_is_its(entries, scene_of):
     for entry in entries["grounding_test"]:
         left, top, right, bottom = meant(scene_of[entry["image"]], entry["text"])["box"]
         assert entry["box"] == [left, top, right - left, bottom - top]
+        assert entry["split"] == ("location" if re.search(RELATION, entry["text"]) else "appearance")
         assert (entry["width"], entry["height"]) == (32, 32)
 
 
