@@ -87,7 +87,7 @@ def estimate(config: Config, deepspeed: Mapping, plan: BatchPlan, sizes: Sizes, 
 
 
 def activation_bytes(config: Config, autocast: bool) -> float:
-    """Of one sample whose text is as long as the recipe allows. Checked against real steps in tests/doctor/test_sizes.py."""
+    """Of one sample whose text is as long as the recipe allows; tests/doctor/test_sizes.py has it beside real steps."""
     vision, text, task = config.model.vision, config.model.text, config.task
     cost = BYTES_AUTOCAST if autocast else BYTES_FP32
     one_layer = cost["vision"] * vision.width

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from benchmarks.soak import as_text, judge, series_of
+from benchmarks.soak import POLL, as_text, judge, least, series_of
 
 MINUTES_30 = [10.0 * i for i in range(180)]
 
@@ -45,6 +45,11 @@ def test_a_rank_that_has_ended_leaves_the_others_series():
         "rank_0.rss_mib": [(0, 1.0)],
         "rank_1.rss_mib": [(0, 2.0)],
     }
+
+
+def test_the_least_of_a_while_is_taken_of_each_rank():
+    values = iter([[5, 9], [3, 8], [4, 2]])
+    assert least(lambda: next(values, [7, 7]), 4 * POLL) == [3, 2]
 
 
 def test_the_file_is_json_with_a_line_a_look():
