@@ -34,7 +34,7 @@ MEASURES = {
     "entailment": Measure(("entailment", "accuracy"), "accuracy"),
     "nlvr": Measure(("nlvr", "accuracy"), "accuracy"),
     # Of the phrases that name no place, as RefCOCO+'s do not; results of the others stand beside it in summary.json.
-    "grounding": Measure(("grounding", PHRASES[0], "ranked"), "best proposal, IoU >= 0.5"),
+    "grounding": Measure(("grounding", PHRASES[0], "ranked"), "best proposal for phrases of appearance, IoU >= 0.5"),
 }
 
 
