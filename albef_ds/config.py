@@ -49,10 +49,7 @@ class TextConfig(_Section):
 
 
 class OptionsConfig(_Section):
-    """What changes the mathematics of pre-training, retrieval and grounding; all off, as in the reference.
-
-    Their effect on the demo: benchmarks/results/options.md.
-    """
+    """What changes the mathematics; all off, as in the reference. On the demo: benchmarks/results/options.md."""
 
     # Share of the pairs mixed with another one, images blended, texts joined (MixGen); the paper: 0.25; 0: off.
     mixgen: float = Field(0.0, ge=0, le=0.5)

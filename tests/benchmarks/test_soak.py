@@ -47,9 +47,12 @@ def test_a_rank_that_has_ended_leaves_the_others_series():
     }
 
 
-def test_the_least_of_a_while_is_taken_of_each_rank():
-    values = iter([[5, 9], [3, 8], [4, 2]])
-    assert least(lambda: next(values, [7, 7]), 4 * POLL) == [3, 2]
+def test_the_least_of_a_while_is_taken_of_each_rank(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("benchmarks.soak.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.soak.time.sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    values = iter([[5, 9], [3, 8], [4, 2], [6, 6], [1, 1]])
+    assert least(lambda: next(values), 2.5 * POLL) == [3, 2]  # four looks, the fifth would be too late
 
 
 def test_the_file_is_json_with_a_line_a_look():
