@@ -85,6 +85,20 @@ class PackedText(Movable):
         """[T'] int64 on the host: where the tokens of texts `index` stand, text by text."""
         return torch.tensor([row for i in index for row in range(self._starts[i], self._starts[i + 1])])
 
+    def without_last(self) -> tuple[PackedText, Tensor]:
+        """The texts without their last tokens, and [P] int64 where the P tokens that stay stand in this one.
+
+        Waits for no device. Raises ValueError where a text has no other token.
+        """
+        if min(self.lengths) < 2:
+            raise ValueError(f"text {self.lengths.index(1)} has one token: without its last it would have none")
+        device = self.input_ids.device
+        starts = zip(self._starts, self.lengths, strict=False)
+        rows = to_device(torch.tensor([row for i, n in starts for row in range(i, i + n - 1)]), device)
+        cu_seqlens = self.cu_seqlens - torch.arange(self.num_texts + 1, dtype=torch.int32, device=device)
+        lengths = tuple(n - 1 for n in self.lengths)
+        return PackedText(self.input_ids[rows], self.position_ids[rows], cu_seqlens, lengths), rows
+
     @cached_property
     def _starts(self) -> tuple[int, ...]:  # cu_seqlens on the host
         return tuple(accumulate(self.lengths, initial=0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from albef_ds.data.batch import PackedText
 from albef_ds.model.albef import text_spans
-from albef_ds.model.answering import AnsweringParts, Question, predicting
+from albef_ds.model.answering import AnsweringParts, NextTokens, Question
 from albef_ds.model.attention import Spans
 
 
@@ -47,10 +47,9 @@ def rank_answers(
     cu_questions = answers.cu_seqlens[::k].contiguous()
     longest = max(sum(answers.lengths[i : i + k]) for i in range(0, answers.num_texts, k))
     by_question = Spans(cu_questions, longest, answers.num_tokens)
-    states = model.answer_states(question, answers, by_question)
-    sources, targets = predicting(answers)
-    words = model.predict(states[sources]).log_softmax(-1).gather(1, answers.input_ids[targets, None]).squeeze(1)
-    scores = words.new_zeros(answers.num_texts).index_add_(0, text_spans(answers).run_of_row[sources], words)
+    tokens = NextTokens.of(answers, by_question)
+    words = model.predict_next(question, tokens).log_softmax(-1).gather(1, tokens.labels[:, None]).squeeze(1)
+    scores = words.new_zeros(answers.num_texts).index_add_(0, text_spans(tokens.inputs).run_of_row, words)
     scores = scores.view(questions, k)
     if first_token_twice:
         scores = scores + likely.log()

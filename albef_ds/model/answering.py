@@ -43,6 +43,10 @@ class AnsweringParts(FusedText):
             answers.input_ids, answers.position_ids, text_spans(answers), question.keys, by_question, question.spans
         )
 
+    def predict_next(self, question: Question, tokens: NextTokens) -> Tensor:
+        """Logits [P, V], fp32, of what follows each input."""
+        return self.predict(self.answer_states(question, tokens.inputs, tokens.by_question))
+
     def predict(self, states: Tensor) -> Tensor:
         """Logits over the vocabulary [P, V], fp32, of decoder states [P, W]."""
         return at_least_fp32(self.text_decoder.predict_tokens(states))
@@ -67,11 +71,24 @@ class AnsweringTeacher(Momentum, AnsweringParts):
     """The momentum copy."""
 
 
-def predicting(answers: PackedText) -> tuple[Tensor, Tensor]:
-    """The rows of packed answers that predict a next token [P], and the rows of the tokens they predict [P]."""
-    rows = torch.arange(answers.num_tokens, device=answers.input_ids.device)
-    last = answers.cu_seqlens[1:].long() - 1
-    keep = torch.ones_like(rows, dtype=torch.bool).index_fill_(0, last, False)
-    # How many there are the host knows: every answer but its last token. A mask's own indexing would ask the device.
-    where = torch.argsort(keep.int(), descending=True, stable=True)[: answers.num_tokens - answers.num_texts]
-    return where, where + 1
+@dataclass(frozen=True)
+class NextTokens:
+    """Answers as the decoder learns and ranks them: each token is predicted from those before it.
+
+    An answer's last token, [SEP], predicts nothing, so the decoder does not read it: of `[CLS] red [SEP]` a third.
+    """
+
+    inputs: PackedText  # P tokens
+    by_question: Spans  # run i: the inputs of all answers to question i
+    labels: Tensor  # [P] int64, the token that follows each
+
+    @classmethod
+    def of(cls, answers: PackedText, by_question: Spans) -> NextTokens:
+        """by_question: runs of the answers' tokens. Raises ValueError where an answer has one token alone."""
+        inputs, rows = answers.without_last()
+        before = torch.searchsorted(answers.cu_seqlens, by_question.cu_seqlens)  # answers that end before each bound
+        cu_questions = (by_question.cu_seqlens - before).int()
+        longest = by_question.max_length - 1  # at most; asking a GPU would wait for it
+        if cu_questions.device.type == "cpu":
+            longest = int(cu_questions.diff().max())
+        return cls(inputs, Spans(cu_questions, longest, inputs.num_tokens), answers.input_ids[rows + 1])

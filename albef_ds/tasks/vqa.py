@@ -8,7 +8,7 @@ from torch import Tensor
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import QuestionBatch
 from albef_ds.model.albef import text_spans
-from albef_ds.model.answering import Answering, AnsweringTeacher, predicting
+from albef_ds.model.answering import Answering, AnsweringTeacher, NextTokens
 from albef_ds.model.attention import Spans
 from albef_ds.tasks.task import Task
 
@@ -23,19 +23,16 @@ class VQA(Task):
 
     def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
         """A micro-batch to {"answers"}: the weighted sum of the answers' losses, a question."""
-        by_question = Spans(batch.cu_questions, batch.longest, batch.answers.num_tokens)
-        sources, targets = predicting(batch.answers)
+        tokens = NextTokens.of(batch.answers, Spans(batch.cu_questions, batch.longest, batch.answers.num_tokens))
 
         def next_token(network) -> Tensor:
-            question = network.read(batch.images, batch.text)
-            return network.predict(network.answer_states(question, batch.answers, by_question)[sources])
+            return network.predict_next(network.read(batch.images, batch.text), tokens)
 
         log_probabilities = next_token(self.model).log_softmax(-1)  # [P, V]
-        labels = batch.answers.input_ids[targets]
-        losses = -log_probabilities.gather(1, labels[:, None]).squeeze(1)
+        losses = -log_probabilities.gather(1, tokens.labels[:, None]).squeeze(1)
         if self.teacher is not None:
             with torch.no_grad():
                 soft_labels = next_token(self.teacher).softmax(-1)
             losses = (1 - self.alpha) * losses - self.alpha * (soft_labels * log_probabilities).sum(-1)
-        weights = batch.weights[text_spans(batch.answers).run_of_row[sources]]
+        weights = batch.weights[text_spans(tokens.inputs).run_of_row]
         return {"answers": (weights * losses).sum() / len(batch)}

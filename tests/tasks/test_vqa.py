@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albef_ds.data.batch import PackedText, QuestionBatch
-from albef_ds.model.answering import predicting
+from albef_ds.model.albef import text_spans
+from albef_ds.model.answering import NextTokens
+from albef_ds.model.attention import Spans
 from albef_ds.tasks.vqa import VQA
 from tests.plain_bert import PlainEncoder, padded, plain_decoder
 from tests.tiny import tiny_batch, tiny_model
@@ -118,13 +122,29 @@ def test_without_distillation_there_is_no_teacher_and_alpha_does_nothing():
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8))
+@given(lengths=st.lists(st.lists(st.integers(2, 6), min_size=1, max_size=4), min_size=1, max_size=5))
 def test_every_token_but_the_last_predicts_the_next_of_its_own_answer(lengths):
-    answers = PackedText.from_lists([[1] * n for n in lengths])
-    sources, targets = predicting(answers)
-    starts = answers.cu_seqlens.tolist()
-    expected = [row for i, n in enumerate(lengths) for row in range(starts[i], starts[i] + n - 1)]
-    assert sources.tolist() == expected and targets.tolist() == [row + 1 for row in expected]
+    """lengths: of each question's answers."""
+    words = iter(range(100, 10_000))
+    lists = [[[next(words) for _ in range(n)] for n in own] for own in lengths]
+    answers = PackedText.from_lists([ids for own in lists for ids in own])
+    bounds = torch.tensor([0, *accumulate(sum(own) for own in lengths)], dtype=torch.int32)
+    tokens = NextTokens.of(answers, Spans(bounds, max(map(sum, lengths)), answers.num_tokens))
+
+    expected = PackedText.from_lists([ids[:-1] for own in lists for ids in own])
+    assert tokens.inputs.lengths == expected.lengths
+    for name in ("input_ids", "position_ids", "cu_seqlens"):
+        assert torch.equal(getattr(tokens.inputs, name), getattr(expected, name)), name
+    assert tokens.labels.tolist() == [word for own in lists for ids in own for word in ids[1:]]
+    by_question = [sum(len(ids) - 1 for ids in own) for own in lists]
+    assert tokens.by_question.lengths.tolist() == by_question
+    assert tokens.by_question.max_length == max(by_question) and tokens.by_question.num_rows == sum(by_question)
+
+
+def test_an_answer_of_one_token_is_refused():
+    answers = PackedText.from_lists([[2, 5, 3], [2]])
+    with pytest.raises(ValueError, match="text 1 has one token"):
+        NextTokens.of(answers, text_spans(answers))
 
 
 @pytest.mark.parametrize("counts", [[1], [2, 0, 1], [1, 1, 2], [1, 1]])
