@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from albef_ds import optional
 from albef_ds.data.packing import PackSettings, pack
 from albef_ds.data.shapes_world import write_shapes_world
+from albef_ds.training.rendezvous import free_port
 
 IMAGES, TEST_IMAGES, SEED = 8000, 256, 0
 CPU_RANKS = 2
@@ -37,6 +39,7 @@ def launch(recipe: str, settings: Sequence[str], ranks: int | None = None) -> in
     """Trains a recipe under the deepspeed launcher, on the GPUs there are or on the CPU; returns its exit status."""
     ranks = ranks or torch.cuda.device_count() or CPU_RANKS
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    deepspeed += ["--master_port", str(free_port())]
     command = [*deepspeed, "--module", "albef_ds.train", recipe, f"train.deepspeed={machine()}", *settings]
     return subprocess.run(command, env=environment(ranks)).returncode
 
@@ -51,13 +54,15 @@ def machine() -> str:
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Without a GPU: DeepSpeed told so, and the cores divided among the ranks."""
+    """Without a GPU: DeepSpeed told so, cores divided among the ranks, and tcmalloc loaded where it is installed."""
     env = dict(os.environ)
     # DeepSpeed builds its operators with the tools of this environment (ninja), whether or not it is activated.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     if not torch.cuda.is_available():
         env["DS_ACCELERATOR"] = "cpu"
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or ranks) // ranks)))
+        if (allocator := optional.tcmalloc()) and "malloc" not in (loaded := env.get("LD_PRELOAD", "")):
+            env["LD_PRELOAD"] = f"{loaded}:{allocator}".lstrip(":")
     return env
 
 

@@ -27,8 +27,8 @@ import psutil
 
 from albef_ds.data.shapes_world import write_shapes_world
 from albef_ds.demo import CPU_RANKS, environment, machine
+from albef_ds.training.rendezvous import free_port
 from benchmarks import measure
-from tests.ranks import free_port
 
 # What a quantity may rise in an hour, as a share of its mean, and at least in its own unit over the time watched.
 LIMITS = {"rss_mib": (0.05, 16.0), "files": (0.0, 2.0), "threads": (0.0, 2.0), "processes": (0.0, 1.0)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 
 import torch
 import torch.multiprocessing as mp
+
+from albef_ds.training.rendezvous import free_port
 
 
 def run_ranks(world_size: int, function: Callable, *args, timeout: float = 240.0) -> list:
@@ -70,9 +71,3 @@ def _rank(rank: int, world_size: int, port: int, function: Callable, args: tuple
     results.join_thread()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

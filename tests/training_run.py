@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from albef_ds.data.shapes_world import write_shapes_world
-from tests.ranks import free_port
+from albef_ds.training.rendezvous import free_port
 
 ROOT = Path(__file__).parent.parent
 

@@ -28,6 +28,8 @@ def check_software(offload: bool) -> Iterator[Finding]:
     yield check_python(sys.version_info[:3])
     yield from check_versions([Requirement(text) for text in metadata.requires("albef_ds") or ()])
     yield from check_optional()
+    if not torch.cuda.is_available():
+        yield check_allocator()
     yield from check_compilers(offload)
     yield from check_locks(extension_folders())
 
@@ -65,6 +67,15 @@ def check_optional() -> Iterator[Finding]:
     for name, line in zip(optional.PACKAGES, optional.describe(), strict=True):
         text = line.removeprefix(name).strip()
         yield warning(name, text, optional.find(name).reason) if name in broken else ok(name, text)
+
+
+def check_allocator() -> Finding:
+    """`demo` and `downstream` load it by themselves; a launcher that is started by hand does not."""
+    found = optional.tcmalloc()
+    if found is None:
+        return ok("tcmalloc", "a quicker malloc for CPU ranks: no: not installed (apt install libtcmalloc-minimal4)")
+    loaded = "loaded" if "tcmalloc" in os.environ.get("LD_PRELOAD", "") else f"LD_PRELOAD={found} loads it"
+    return ok("tcmalloc", f"a quicker malloc for CPU ranks: {found}, {loaded}")
 
 
 def check_compilers(offload: bool) -> Iterator[Finding]:

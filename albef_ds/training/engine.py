@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 
 import deepspeed
@@ -15,7 +14,7 @@ from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
 from albef_ds.training.extension_lock import build_cpu_collectives
 from albef_ds.training.muon import Matrices, Muon
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
-from albef_ds.training.rendezvous import on_loopback_alone
+from albef_ds.training.rendezvous import free_port, on_loopback_alone
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -27,7 +26,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     build_cpu_collectives()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in {**alone, "MASTER_PORT": str(_free_port())}.items():
+        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
             os.environ.setdefault(name, value)
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
     if on_gpu:
@@ -37,13 +36,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
             deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def _free_port() -> int:
-    """Two single processes on one machine must not meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict:

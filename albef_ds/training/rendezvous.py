@@ -60,6 +60,13 @@ def _serve(host: str, port: int, timeout: timedelta) -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port that nothing on this machine listens on just now: two runs on one machine must not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def loopback_address(host: str) -> str | None:
     """The address of `host` where it is loopback; None where it is not, or is not known."""
     try:

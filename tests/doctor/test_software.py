@@ -44,6 +44,18 @@ def test_without_a_compiler(monkeypatch):
     assert states(software.check_compilers(offload=False)) == ["problem", "problem"]
 
 
+def test_tcmalloc_is_told_where_cpus_compute(monkeypatch):
+    def told(library, preloaded=""):
+        monkeypatch.setattr(software.optional, "tcmalloc", lambda: library)
+        monkeypatch.setenv("LD_PRELOAD", preloaded)
+        return software.check_allocator()
+
+    assert {told(None).state, told("libtcmalloc.so.4").state} == {"ok"}  # nothing needs it
+    assert "apt install libtcmalloc-minimal4" in told(None).text
+    assert "LD_PRELOAD=libtcmalloc.so.4 loads it" in told("libtcmalloc.so.4").text
+    assert told("libtcmalloc.so.4", "libtcmalloc.so.4").text.endswith("libtcmalloc.so.4, loaded")
+
+
 def test_two_kinds_of_ninja_build_everything_again():
     assert software.judge_ninja({"/venv/bin/ninja": "1.13.0"}).state == "ok"
     assert software.judge_ninja({"/venv/bin/ninja": "1.13.0", "/usr/bin/ninja": "1.13.0"}).state == "ok"

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.ranks import free_port
+from albef_ds.training.rendezvous import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from albef_ds.training.checkpoint_manifest import verify
+from albef_ds.training.rendezvous import free_port
 from albef_ds.training.retention import complete_folders, step_of
-from tests.ranks import free_port
 from tests.reliability.processes import ROOT, environment
 from tests.training_run import metrics, write_recipe
 

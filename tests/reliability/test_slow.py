@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from albef_ds.training.checkpoint_manifest import MANIFEST
+from albef_ds.training.rendezvous import free_port
 from albef_ds.training.spikes import ROLLBACKS
 from albef_ds.training.stop import EXIT_REQUEUE, STOPPED
 from albef_ds.training.watchdog import EXIT_RANK_LOST
-from tests.ranks import free_port
 from tests.reliability.processes import ROOT, environment, run_faulty
 from tests.reliability.test_faults import QUICK, assert_equal_runs
 from tests.training_run import write_recipe
