@@ -27,7 +27,7 @@ _STREAM = 2  # of random numbers; 0 and 1 are the world's own
 _TASKS = ("retrieval", "vqa", "entailment", "nlvr", "grounding")
 # Captions, questions, hypotheses, statements, phrases for an image; captions of test images are the world's.
 _EACH = {
-    "train": {"retrieval": 3, "vqa": 8, "entailment": 8, "nlvr": 4, "grounding": 4},
+    "train": {"retrieval": 3, "vqa": 16, "entailment": 8, "nlvr": 4, "grounding": 4},
     "test": {"vqa": 4, "entailment": 4, "nlvr": 4, "grounding": 4},
 }
 PHRASES = ("appearance", "location")  # splits of the test phrases; RefCOCO+ has none of the second kind

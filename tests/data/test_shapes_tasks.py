@@ -91,7 +91,7 @@ def test_what_is_complete_is_kept_and_anything_else_refused(tmp_path, monkeypatc
         assert write_shapes_tasks(tmp_path / "a", world) == tasks == ShapesTasks.at(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setitem(shapes_tasks._EACH["train"], "vqa", 4)
-        with pytest.raises(FileExistsError, match="each_image.train.vqa is 8 there, 4 is wanted; delete it or choose"):
+        with pytest.raises(FileExistsError, match="each_image.train.vqa is 16 there, 4 is wanted; delete it or choose"):
             write_shapes_tasks(tmp_path / "a", world)
     tasks.meta.unlink()
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_sizes_are_as_the_meta_says(entries):
     counts = dict(entries["meta"]["counts"])
     assert counts.pop("vqa_test_annotations") == len(entries["vqa_test_annotations"]["annotations"]) == 800
     assert counts == {name: len(e) for name, e in entries.items() if isinstance(e, list)}
-    for task, each in (("vqa", 8), ("entailment", 8), ("nlvr", 4), ("grounding", 4)):
+    for task, each in (("vqa", 16), ("entailment", 8), ("nlvr", 4), ("grounding", 4)):
         assert (counts[f"{task}_train"], counts[f"{task}_test"]) == (each * 1500, 800)
         recorded = entries["meta"]["each_image"]
         assert (recorded["train"][task], recorded["test"][task]) == (each, 4)
