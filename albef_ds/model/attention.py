@@ -22,7 +22,6 @@ from albef_ds import optional
 
 BACKENDS = ("auto", "flash", "varlen", "efficient", "sdpa", "eager")
 PACKED = ("flash", "varlen")  # read the rows as they lie; the others pad them first
-SHORT = 32  # rows that a CPU computes at once, where runs are no longer than half of them
 ON_A_GPU = ("flash", "varlen", "efficient", "eager")  # what `auto` tries, in this order
 
 log = logging.getLogger(__name__)
@@ -74,12 +73,6 @@ class Spans:
         """[N, max_length] bool: which padded places hold a row."""
         places = torch.arange(self.max_length, device=self.cu_seqlens.device)
         return places[None, :] < self.lengths[:, None]
-
-    def joined(self, each: int) -> Spans:
-        """`each` runs as one; the last may be fewer. On a GPU this would wait for it."""
-        cu_seqlens = torch.cat([self.cu_seqlens[:-1:each], self.cu_seqlens[-1:]])
-        even = self.regular and self.num % each == 0
-        return Spans(cu_seqlens, int(cu_seqlens.diff().max()), self.num_rows, regular=even)
 
     def same_runs(self, other: Spans) -> bool:
         """Whether both have the same runs; on a GPU, where a look would wait for it, judged by the host's numbers."""
@@ -197,30 +190,12 @@ def attention(
     if q.device.type == "cpu" and dtype != torch.float64:
         # The CPU's attention kernel takes five times as long backward in bf16 as in fp32 (ds_configs/README.md).
         q, k, v = q.float(), k.float(), v.float()
-    each = SHORT // max(q_spans.max_length, k_spans.max_length) if q.device.type == "cpu" else 1
-    if each > 1 and q_spans.num > 1:
-        q_spans, k_spans, mask = side_by_side(q_spans, k_spans, each, causal)
-        causal = False  # the mask says it
-    else:
-        # Padding stands behind its run: no row that counts looks that far where attention is causal.
-        mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
     q, k, v = (spans.pad(x).transpose(1, 2) for spans, x in ((q_spans, q), (k_spans, k), (k_spans, v)))
+    # Padding stands behind its run: no row that counts looks that far where attention is causal.
+    mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
     with torch.autocast(q.device.type, enabled=False):  # which would cast the operands back
         out = PADDED[backend](q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return q_spans.unpad(out.transpose(1, 2)).to(dtype)
-
-
-def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> tuple[Spans, Spans, Tensor]:
-    """`each` runs as one, and the mask [N', 1, Lq, Lk] that keeps them apart: a CPU's kernel takes longer to begin
-    with a run of a few rows than to compute it."""
-    queries, keys = q_spans.joined(each), k_spans.joined(each)
-    of_query = queries.pad(q_spans.run_of_row + 1)  # 0 where there is no row
-    of_key = keys.pad(k_spans.run_of_row + 1)
-    mask = of_query[:, :, None] == of_key[:, None, :]
-    if causal:
-        mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
-    mask |= (of_query == 0)[:, :, None]  # a softmax over nothing would be NaN, and so would its gradient
-    return queries, keys, mask[:, None]
 
 
 def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
