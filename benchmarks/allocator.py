@@ -2,7 +2,8 @@
 
     python -m benchmarks.allocator [--demo runs/demo] [--steps 100] [--rounds 2] [--out DIR]
 
-Whole runs under the deepspeed launcher, A B B A; a run's rate is the median of its log's lines from the second on. A finished demo gives the data. tcmalloc must be installed (Debian: libtcmalloc-minimal4).
+Whole runs under the deepspeed launcher, A B B A; a run's rate is the median of its log's lines from the second on. A
+finished demo gives the data. tcmalloc must be installed (Debian: libtcmalloc-minimal4).
 """
 
 from __future__ import annotations
