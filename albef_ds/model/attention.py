@@ -23,6 +23,8 @@ from albef_ds import optional
 BACKENDS = ("auto", "flash", "varlen", "efficient", "sdpa", "eager")
 PACKED = ("flash", "varlen")  # read the rows as they lie; the others pad them first
 ON_A_GPU = ("flash", "varlen", "efficient", "eager")  # what `auto` tries, in this order
+ON_A_CPU = {torch.bfloat16: ("eager",)}  # else sdpa, which is slower there (ds_configs/README.md)
+SHORT = 32  # rows that a CPU takes at once, where runs are at most half as long
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,17 @@ class Spans:
         places = torch.arange(self.max_length, device=self.cu_seqlens.device)
         return places[None, :] < self.lengths[:, None]
 
+    def joined(self, each: int) -> Spans:
+        """`each` runs as one; the last may be fewer. On a GPU this would wait for it."""
+        cu_seqlens = torch.cat([self.cu_seqlens[:-1:each], self.cu_seqlens[-1:]])
+        even = self.regular and self.num % each == 0
+        return Spans(cu_seqlens, int(cu_seqlens.diff().max()), self.num_rows, regular=even)
+
+    @cached_property
+    def beside(self) -> dict[tuple[int, int, bool], SideBySide]:
+        """What `side_by_side` made of these queries, for the next layer."""
+        return {}
+
     def same_runs(self, other: Spans) -> bool:
         """Whether both have the same runs; on a GPU, where a look would wait for it, judged by the host's numbers."""
         if self is other:
@@ -94,6 +107,16 @@ class Spans:
         return rows if self.regular else rows.index_select(0, self.slots)
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """Several runs as one, and what keeps them apart."""
+
+    q_spans: Spans
+    k_spans: Spans
+    mask: Tensor  # [N', 1, Lq, Lk] bool
+    of: Spans | None  # the keys' own runs where they are not the queries': kept, so that their id stays theirs
+
+
 @lru_cache(maxsize=64)
 def resolve_backend(
     name: str, device_type: str, dtype: torch.dtype, dropout: bool = False, head_dim: int | None = None
@@ -111,7 +134,7 @@ def resolve_backend(
         raise ValueError(f"model.attention: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     kind, passed_over = (device_type, dtype, dropout, head_dim), ""
     if name == "auto":
-        for name in ON_A_GPU if device_type == "cuda" else ("sdpa",):
+        for name in ON_A_GPU if device_type == "cuda" else ON_A_CPU.get(dtype, ("sdpa",)):
             if not (why := obstacle(name, *kind)):
                 break
             passed_over += f"; {name} {why}"
@@ -186,16 +209,39 @@ def attention(
     backend = resolve_backend(backend, q.device.type, q.dtype, dropout_p > 0, q.shape[-1])
     if backend in PACKED:
         return packed_attention(backend, q, k, v, q_spans, k_spans, dropout_p, causal)
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype != torch.float64:
-        # The CPU's attention kernel takes five times as long backward in bf16 as in fp32 (ds_configs/README.md).
+    dtype, on_cpu = q.dtype, q.device.type == "cpu"
+    if on_cpu and backend == "sdpa" and dtype != torch.float64:
+        # Its kernel takes five times as long backward in bf16 as in fp32 there.
         q, k, v = q.float(), k.float(), v.float()
+    each = SHORT // max(q_spans.max_length, k_spans.max_length) if on_cpu and backend == "eager" else 1
+    if each > 1 and q_spans.num > 1:
+        joined = side_by_side(q_spans, k_spans, each, causal)
+        q_spans, k_spans, mask, causal = joined.q_spans, joined.k_spans, joined.mask, False
+    else:
+        # Padding stands behind its run: no row that counts looks that far where attention is causal.
+        mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
     q, k, v = (spans.pad(x).transpose(1, 2) for spans, x in ((q_spans, q), (k_spans, k), (k_spans, v)))
-    # Padding stands behind its run: no row that counts looks that far where attention is causal.
-    mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
     with torch.autocast(q.device.type, enabled=False):  # which would cast the operands back
         out = PADDED[backend](q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return q_spans.unpad(out.transpose(1, 2)).to(dtype)
+
+
+def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> SideBySide:
+    """`each` runs as one: to begin with a run of a few rows takes a CPU longer than to compute it. Made once for all
+    layers that have these spans."""
+    made = q_spans.beside
+    key = (id(k_spans), each, causal)
+    if key not in made:
+        queries = q_spans.joined(each)
+        keys = queries if k_spans is q_spans else k_spans.joined(each)
+        of_query = queries.pad(q_spans.run_of_row + 1)  # 0 where there is no row
+        of_key = keys.pad(k_spans.run_of_row + 1)
+        mask = of_query[:, :, None] == of_key[:, None, :]
+        if causal:
+            mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
+        mask |= (of_query == 0)[:, :, None]  # what is no row looks at something, too: a softmax over nothing is NaN
+        made[key] = SideBySide(queries, keys, mask[:, None], None if k_spans is q_spans else k_spans)
+    return made[key]
 
 
 def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:

@@ -64,6 +64,23 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
         torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
 
 
+def test_short_runs_are_taken_together_and_kept_apart():
+    """What keeps them apart is made once, for all layers, and anew for other keys and for causal attention."""
+    torch.manual_seed(0)
+    q_lengths, others = [3, 0, 5, 1, 7, 2, 4], ([2, 6, 1, 8, 3, 3, 5], [9, 1, 1, 1, 9, 1, 1])
+    q_spans = spans_of(q_lengths)
+    assert module.SHORT // max(*q_lengths, *others[0], *others[1]) > 1
+    q = torch.randn(sum(q_lengths), 2, 8)
+    cases = [(spans_of(k_lengths), k_lengths, False) for k_lengths in others] + [(q_spans, q_lengths, True)]
+    for layer in range(2):
+        for k_spans, k_lengths, causal in cases:
+            k, v = (torch.randn(sum(k_lengths), 2, 8) for _ in range(2))
+            out = attention(q, k, v, q_spans, k_spans, backend="eager", causal=causal)
+            expected = by_hand(q, k, v, q_lengths, k_lengths, causal)
+            torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+        assert len(q_spans.beside) == len(cases), layer
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [[1], [1, 2, 3, 4, 5, 6, 7], [5, 0, 1, 5], [4, 4], [197, 2, 1]])
 def test_causal_attention_sees_no_later_row(lengths, backend):
