@@ -188,6 +188,7 @@ class EvaluationConfig(_Section):
     heatmap_layer: int | None = Field(
         None, ge=0
     )  # BERT's layer (itm) or ViT's block (itc); None: the third fusion layer
+    relations: bool = False  # grounding: "left of", "above" and the like are judged by the proposals' places
 
 
 class Config(_Section):

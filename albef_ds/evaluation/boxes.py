@@ -60,17 +60,25 @@ def upsampled(heatmap: Tensor, width: int, height: int) -> Tensor:
 
 
 def rank_proposals(heatmap: Tensor, proposals: Tensor | Sequence, width: int, height: int, alpha: float = 0.5) -> int:
-    """Which proposal holds most heat: the largest sum of the map inside / area ** alpha.
+    """Which proposal holds most heat: the index of the largest of `heat_of_proposals`, the first of equal ones.
+
+    Source: the reference's grounding_eval (dataset/utils.py). There the best score starts at 0, so that where none is
+    positive, the box of the sample before is judged; here the largest wins whatever its sign.
+    """
+    heat = heat_of_proposals(heatmap, proposals, width, height, alpha)
+    return int((heat == heat.max()).nonzero()[0])  # argmax does not promise the first of equal ones
+
+
+def heat_of_proposals(
+    heatmap: Tensor, proposals: Tensor | Sequence, width: int, height: int, alpha: float = 0.5
+) -> Tensor:
+    """[N] fp64: the sum of the map inside each proposal / area ** alpha; -inf for one that covers no pixel.
 
     Args:
         heatmap: [g, g'], any sign.
         proposals: [N, 4]. Only what lies in the image is summed; the area is the whole box's.
         width, height: of the image, pixels.
         alpha: 0 prefers large boxes, 1 compares means.
-
-    Returns the index of the best, the first of equal ones. A proposal that covers no pixel is never chosen. Source: the
-    reference's grounding_eval (dataset/utils.py). There the best score starts at 0, so that where none is positive, the
-    box of the sample before is judged; here the largest wins whatever its sign.
 
     Raises ValueError where there is no proposal, where one is not finite, or where none covers a pixel.
     """
@@ -80,10 +88,10 @@ def rank_proposals(heatmap: Tensor, proposals: Tensor | Sequence, width: int, he
     if not torch.isfinite(boxes).all():
         first = int((~torch.isfinite(boxes)).any(dim=1).nonzero()[0])
         raise ValueError(f"proposal {first} is {boxes[first].tolist()}: expected four finite numbers")
-    heat = upsampled(heatmap, width, height)
+    pixels = upsampled(heatmap, width, height)
     # total[r, c] is the sum of all above row r and left of column c, so that any number of boxes costs one pass.
-    total = F.pad(heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
-    boxes = boxes.to(heat.device)
+    total = F.pad(pixels.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    boxes = boxes.to(pixels.device)
     x, y, w, h = boxes.unbind(dim=1)
     left, right = (edge.trunc().clamp(0, width).long() for edge in (x, x + w))
     top, bottom = (edge.trunc().clamp(0, height).long() for edge in (y, y + h))
@@ -91,9 +99,8 @@ def rank_proposals(heatmap: Tensor, proposals: Tensor | Sequence, width: int, he
     usable = (right > left) & (bottom > top)
     if not usable.any():
         raise ValueError(f"none of the {len(boxes)} proposals covers a pixel of the {width} x {height} image")
-    score = inside / (w * h).clamp(min=torch.finfo(torch.float64).tiny) ** alpha
-    score = torch.where(usable, score, -torch.inf)
-    return int((score == score.max()).nonzero()[0])  # argmax does not promise the first of equal ones
+    heat = inside / (w * h).clamp(min=torch.finfo(torch.float64).tiny) ** alpha
+    return torch.where(usable, heat, -torch.inf)
 
 
 def pointing_hit(heatmap: Tensor, box: Box, width: int, height: int) -> bool:
@@ -147,18 +154,13 @@ class GroundingScore:
     texts: int
 
 
-def judge_grounding(
-    heatmap: Tensor, box: Box, width: int, height: int, proposals: Tensor | Sequence = (), alpha: float = 0.5
-) -> GroundingHits:
+def judge_grounding(heatmap: Tensor, box: Box, width: int, height: int, chosen: Box | None = None) -> GroundingHits:
     """Compares one text's heat map [g, g'] with the true box [4]. Raises ValueError as the functions above.
 
-    proposals: [N, 4], or empty: the three other measures need none.
+    chosen: [4] the best of the proposals, or None: the three other measures need none.
     """
     true = _boxes(box)
-    ranked = None
-    if len(proposals):
-        best = rank_proposals(heatmap, proposals, width, height, alpha)
-        ranked = bool(reference_iou(true, proposals[best]) >= ENOUGH)
+    ranked = None if chosen is None else bool(reference_iou(true, chosen) >= ENOUGH)
     drawn = box_from_heatmap(heatmap, width, height)
     x, y, w, h = drawn.tolist()
     return GroundingHits(

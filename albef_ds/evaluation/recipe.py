@@ -142,6 +142,7 @@ def _grounding(model, config: Config, tokenizer, device, file: str, out: Path | 
         layer=settings.heatmap_layer,
         size=settings.batch,
         workers=config.data.workers,
+        relations=settings.relations,
     )
     metrics = grounding.score(samples, found)
     everything = metrics["all"]

@@ -197,8 +197,10 @@ def test_settings_without_sense():
 def test_judges_one_text(dtype):
     heatmap = one_hot(8, 2, 5).to(dtype).requires_grad_()  # 80 x 40 pixels: columns 50 to 60, rows 10 to 15
     box, far = [48, 9, 14, 7], [0, 20, 20, 20]
-    assert judge_grounding(heatmap, box, 80, 40, [far, [50, 10, 10, 5]]) == GroundingHits(True, True, True, True)
-    assert judge_grounding(heatmap, far, 80, 40, [far, [50, 10, 10, 5]]) == GroundingHits(False, False, False, False)
+    best = [far, [50, 10, 10, 5]][rank_proposals(heatmap, [far, [50, 10, 10, 5]], 80, 40)]
+    assert judge_grounding(heatmap, box, 80, 40, best) == GroundingHits(True, True, True, True)
+    assert judge_grounding(heatmap, far, 80, 40, best) == GroundingHits(False, False, False, False)
+    assert judge_grounding(heatmap, box, 80, 40, far) == GroundingHits(False, True, True, True)
     assert judge_grounding(heatmap, box, 80, 40) == GroundingHits(None, True, True, True)
     whole = judge_grounding(heatmap, [0, 0, 80, 40], 80, 40)
     assert (whole.pointing, whole.centre, whole.region) == (True, True, False)

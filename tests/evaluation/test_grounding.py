@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from albef_ds.evaluation.ahead import EvaluationError
 from albef_ds.evaluation.grounding import Grounded, examples_of, ground_all, score
 from albef_ds.evaluation.heatmaps import itc_heatmaps, itm_heatmaps
 from albef_ds.evaluation.recipe import evaluate_recipe
+from albef_ds.evaluation.relations import chain_of
 from tests.shapes_recipes import built, write_task_recipe, write_world
 
 CPU = torch.device("cpu")
@@ -41,6 +43,48 @@ def test_every_phrase_gets_the_map_that_it_has_alone(grounding, by, look, layer)
         expected = look(model, stacked([sample]), texts_of([sample]), layer).texts[0]
         largest = expected.max().item()
         torch.testing.assert_close(found[i].tensor(), expected, atol=1e-4 * largest, rtol=0)
+
+
+def test_the_things_of_a_phrase_get_the_maps_that_they_have_alone(grounding):
+    _, _, model, samples = grounding
+    found = ground_all(model, samples, CPU, by="itc", layer=None, size=7, workers=1, relations=True)
+    plain = ground_all(model, samples, CPU, by="itc", layer=None, size=7, workers=1)
+    chains = [chain_of(e.text) for e in samples.entries]
+    assert any(chains) and not all(chains)
+    for i, chain in enumerate(chains):
+        assert found[i].heatmap == plain[i].heatmap
+        assert len(found[i].things) == (len(chain.things) if chain else 0)
+        for thing, grid in zip(chain.things if chain else (), found[i].things, strict=True):
+            sample = replace(samples.load(i, None), ids=samples.tokens(thing))
+            expected = itc_heatmaps(model, stacked([sample]), texts_of([sample]), None).texts[0]
+            torch.testing.assert_close(torch.Tensor(grid), expected, atol=1e-4 * expected.max().item(), rtol=0)
+
+
+def test_relations_decide_between_proposals():
+    upper_left, lower_right = (0.0, 0.0, 12.0, 12.0), (28.0, 28.0, 12.0, 12.0)
+    phrase = replace(entry(upper_left, "test", (lower_right, upper_left)), text="the dog left of the cat")
+    whole = hot(3, 3).heatmap  # shows the cat
+    assert Grounded(whole).choice(phrase) == lower_right
+    anywhere = tuple(tuple(1.0 for _ in row) for row in whole)
+    related = Grounded(whole, (anywhere, whole))
+    assert related.choice(phrase) == upper_left
+    assert related.choice(replace(phrase, proposals=())) is None
+    samples = TaskSamples([phrase], None, None)
+    assert score(samples, [Grounded(whole)])["all"]["ranked"] == 0
+    assert score(samples, [related])["all"]["ranked"] == 100
+    (example,) = examples_of(samples, [related], 1)
+    assert example.right is True and example.found_box == upper_left
+
+
+def test_the_recipe_says_whether_relations_are_resolved(grounding):
+    config, tokenizer, model, _ = grounding
+    scores = {}
+    for relations in (False, True):
+        evaluation = config.evaluation.model_copy(update={"relations": relations})
+        recipe = config.model_copy(update={"evaluation": evaluation})
+        scores[relations] = evaluate_recipe(model, recipe, tokenizer, CPU, config.data.test).metrics
+    assert scores[True]["appearance"] == scores[False]["appearance"]
+    assert scores[True]["location"] != scores[False]["location"]
 
 
 def entry(box, split: str, proposals=()) -> ReferringEntry:
