@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     downstream.add_argument("--output", type=Path, default=Path("runs/downstream"))
     downstream.add_argument("--tasks", default="all", help="separated by commas (default: all)")
     downstream.add_argument("--no-scratch", action="store_true", help="leave out the runs without pre-training")
+    downstream.add_argument("--split", choices=("test", "val"), default="test", help="val: to choose settings by")
     downstream.set_defaults(run=run_downstream)
 
     data = commands.add_parser("data", help="make and inspect data sets").add_subparsers(required=True, metavar="WHAT")
@@ -78,7 +79,7 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_downstream(args: argparse.Namespace) -> int:
     from albef_ds.downstream import downstream, tasks_named
 
-    return downstream(args.demo, args.output, tasks_named(args.tasks), not args.no_scratch, args.overrides)
+    return downstream(args.demo, args.output, tasks_named(args.tasks), not args.no_scratch, args.overrides, args.split)
 
 
 def run_shapes(args: argparse.Namespace) -> None:

@@ -35,8 +35,8 @@ def test_each_task_is_run_with_and_without_the_demos_weights(tmp_path, monkeypat
         launched.append((recipe, values))
         folder = tmp_path / "out" / values["output_dir"].rsplit("/", 1)[-1]
         folder.mkdir(parents=True, exist_ok=True)
-        scores = {"entailment": {"accuracy": 80.0}, "nlvr": {"accuracy": 70.0}}
-        (folder / "summary.json").write_text(json.dumps({"steps": 5, "samples_per_s": 9.0, **scores}))
+        scores = {"entailment": {"accuracy": 80.0}, "nlvr": {"accuracy": 70.0}, "vqa": {"accuracy": 60.0}}
+        (folder / "summary.json").write_text(json.dumps({"steps": 5, "seconds": 2.5, "samples_per_s": 9.0, **scores}))
         return 0
 
     monkeypatch.setattr(module, "launch", launch)
@@ -56,4 +56,12 @@ def test_each_task_is_run_with_and_without_the_demos_weights(tmp_path, monkeypat
         ("nlvr", "pretrained", 70.0),
         ("nlvr", "scratch", 70.0),
     ]
+    assert all(row["training_seconds"] == 2.5 for row in rows)
     assert "report" in capsys.readouterr().out and (tmp_path / "out" / "report.html").exists()
+    launched.clear()
+    assert main([*arguments, "--tasks", "vqa", "--no-scratch"]) == 0
+    assert main([*arguments, "--tasks", "vqa", "--no-scratch", "--split", "val"]) == 0
+    files = [
+        [values[f"data.{key}"].rsplit("/", 1)[-1] for key in ("test", "test_annotations")] for _, values in launched
+    ]
+    assert files == [["vqa_test.json", "vqa_test_annotations.json"], ["vqa_val.json", "vqa_val_annotations.json"]]

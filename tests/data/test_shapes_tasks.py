@@ -21,6 +21,10 @@ from albef_ds.data.tokenizer import load_tokenizer
 from tests.data.shapes_reader import RELATION, answer, label, meant, truth
 from tests.data.test_shapes_world import says_true_things, scenes_of
 
+ASKED = ("val", "test")
+VAL = 1500 // 32
+TRAIN = 1500 - VAL
+
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
@@ -113,36 +117,39 @@ def test_worlds_that_will_not_do(tmp_path, world):
     with pytest.raises(FileNotFoundError, match="write_shapes_world"):
         write_shapes_tasks(tmp_path / "a", type(world).at(tmp_path / "nowhere"))
     single = write_shapes_world(tmp_path / "single", images=3, test_images=1, size=32)
-    with pytest.raises(ValueError, match="1 test scenes"):
+    with pytest.raises(ValueError, match="3 train scenes: expected at least 4"):
+        write_shapes_tasks(tmp_path / "a", single)
+    single = write_shapes_world(tmp_path / "single test", images=4, test_images=1, size=32)
+    with pytest.raises(ValueError, match="1 test scenes: expected at least 2"):
         write_shapes_tasks(tmp_path / "a", single)
 
 
 def test_the_smallest_world(tmp_path):
-    world = write_shapes_world(tmp_path / "world", images=2, test_images=2, size=32)
+    world = write_shapes_world(tmp_path / "world", images=4, test_images=2, size=32)
     tasks = write_shapes_tasks(tmp_path / "tasks", world)
-    assert len(json.loads(tasks.nlvr_test.read_text())) == 8
+    for path in (tasks.nlvr_train, tasks.nlvr_val, tasks.nlvr_test):
+        assert len(json.loads(path.read_text())) == 8
 
 
 def test_every_file_has_the_references_form(entries, big):
     forms = {
         "retrieval_train": {"image": str, "caption": str, "image_id": str},
-        "retrieval_test": {"image": str, "caption": list},
-        "vqa_test": {"image": str, "dataset": str, "question": str, "question_id": int},
-        **{f"entailment_{s}": {"image": str, "sentence": str, "label": str} for s in ("train", "test")},
-        **{f"nlvr_{s}": {"images": list, "sentence": str, "label": str} for s in ("train", "test")},
+        **{f"retrieval_{s}": {"image": str, "caption": list} for s in ASKED},
+        **{f"vqa_{s}": {"image": str, "dataset": str, "question": str, "question_id": int} for s in ASKED},
+        **{f"entailment_{s}": {"image": str, "sentence": str, "label": str} for s in ("train", *ASKED)},
+        **{f"nlvr_{s}": {"images": list, "sentence": str, "label": str} for s in ("train", *ASKED)},
         "grounding_train": {"image": str, "text": str, "ref_id": int},
-        "grounding_test": {
-            **{"image": str, "text": str, "ref_id": int, "box": list, "width": int, "height": int},
-            **{"split": str, "proposals": list},
-        },
     }
+    boxed = {"image": str, "text": str, "ref_id": int, "box": list, "width": int, "height": int}
+    forms |= {f"grounding_{s}": {**boxed, "split": str, "proposals": list} for s in ASKED}
     for name, form in forms.items():
         assert {tuple((key, type(value)) for key, value in e.items()) for e in entries[name]} == {tuple(form.items())}
     for entry in entries["vqa_train"]:
         assert list(entry) == ["image", "dataset", "question", "answer", "question_id"]
         assert type(entry["answer"]) is {"vqa": list, "vg": str}[entry["dataset"]]
-    assert {e["dataset"] for e in entries["vqa_test"]} == {"vqa"}
-    assert {e["split"] for e in entries["grounding_test"]} == {"appearance", "location"}
+    for split in ASKED:
+        assert {e["dataset"] for e in entries[f"vqa_{split}"]} == {"vqa"}
+        assert {e["split"] for e in entries[f"grounding_{split}"]} == {"appearance", "location"}
     for name, key in (("vqa_train", "question_id"), ("vqa_test", "question_id"), ("grounding_test", "ref_id")):
         assert len({e[key] for e in entries[name]}) == len(entries[name])
     assert entries["retrieval_test"] == json.loads(big.test.read_text())
@@ -150,13 +157,15 @@ def test_every_file_has_the_references_form(entries, big):
 
 def test_sizes_are_as_the_meta_says(entries):
     counts = dict(entries["meta"]["counts"])
-    assert counts.pop("vqa_test_annotations") == len(entries["vqa_test_annotations"]["annotations"]) == 800
+    for split, scenes in (("val", VAL), ("test", 200)):
+        annotations = entries[f"vqa_{split}_annotations"]["annotations"]
+        assert counts.pop(f"vqa_{split}_annotations") == len(annotations) == 4 * scenes
     assert counts == {name: len(e) for name, e in entries.items() if isinstance(e, list)}
     for task, each in (("vqa", 16), ("entailment", 8), ("nlvr", 4), ("grounding", 4)):
-        assert (counts[f"{task}_train"], counts[f"{task}_test"]) == (each * 1500, 800)
+        assert (counts[f"{task}_train"], counts[f"{task}_val"], counts[f"{task}_test"]) == (each * TRAIN, 4 * VAL, 800)
         recorded = entries["meta"]["each_image"]
         assert (recorded["train"][task], recorded["test"][task]) == (each, 4)
-    assert (counts["retrieval_train"], counts["retrieval_test"]) == (4500, 200)
+    assert [counts[f"retrieval_{s}"] for s in ("train", "val", "test")] == [3 * TRAIN, VAL, 200]
     assert entries["meta"]["each_image"]["train"]["retrieval"] == 3
 
 
@@ -164,25 +173,30 @@ def test_training_and_test_are_about_different_scenes(entries, scene_of, big):
     seen = defaultdict(set)
     for name, content in entries.items():
         split = name.rpartition("_")[2]
-        if split in ("train", "test") and isinstance(content[0], dict):
+        if split in ("train", "val", "test") and isinstance(content[0], dict):
             images = {image for entry in content for image in images_of(entry)}
-            assert {image.split("/")[1].split("_")[0] for image in images} == {split}, name
+            part = "test" if split == "test" else "train"  # of the world
+            assert {image.split("/")[1].split("_")[0] for image in images} == {part}, name
             seen[split] |= images
     contents = {
         split: {frozenset((o["size"], o["colour"], o["shape"]) for o in scene_of[i]["objects"]) for i in images}
         for split, images in seen.items()
     }
-    assert not contents["train"] & contents["test"]
-    assert seen["train"] | seen["test"] == set(scene_of)
+    assert not contents["train"] & contents["test"] and not seen["train"] & seen["val"]
+    assert seen["train"] | seen["val"] | seen["test"] == set(scene_of)
     assert decode_image(big.root / min(seen["test"])).size == (32, 32)
 
 
-def test_training_captions_are_true_and_several(entries, scene_of):
+def test_captions_are_true_and_several(entries, scene_of):
+    for entry in entries["retrieval_val"]:
+        assert len(entry["caption"]) == 2
+        for caption in entry["caption"]:
+            says_true_things(Scene.from_dict(scene_of[entry["image"]]), caption)
     said = defaultdict(list)
     for entry in entries["retrieval_train"]:
         says_true_things(Scene.from_dict(scene_of[entry["image"]]), entry["caption"])
         said[entry["image_id"]].append(entry["image"])
-    assert all(len(images) == 3 and len(set(images)) == 1 for images in said.values()) and len(said) == 1500
+    assert all(len(images) == 3 and len(set(images)) == 1 for images in said.values()) and len(said) == TRAIN
 
 
 def test_answers_are_right(entries, scene_of):
@@ -196,22 +210,25 @@ def test_answers_are_right(entries, scene_of):
     assert 0.1 < np.mean([e["dataset"] == "vg" for e in entries["vqa_train"]]) < 0.3
 
 
-def test_official_annotations_are_right(entries, scene_of):
-    image = {q["question_id"]: q for q in entries["vqa_test"]}
-    for annotation in entries["vqa_test_annotations"]["annotations"]:
+@pytest.mark.parametrize("split", ASKED)
+def test_official_annotations_are_right(entries, scene_of, split):
+    image = {q["question_id"]: q for q in entries[f"vqa_{split}"]}
+    first = 0 if split == "test" else TRAIN
+    for annotation in entries[f"vqa_{split}_annotations"]["annotations"]:
         question = image[annotation["question_id"]]
         right = answer(scene_of[question["image"]], question["question"])
         assert annotation["multiple_choice_answer"] == right and right in entries["answer_list"]
         given = [a["answer"] for a in annotation["answers"]]
         assert given.count(right) >= 8 and [a["answer_id"] for a in annotation["answers"]] == list(range(1, 11))
-        assert question["image"] == f"images/test_{annotation['image_id']:06d}.jpg"
+        part = "test" if split == "test" else "train"
+        assert question["image"] == f"images/{part}_{first + annotation['image_id']:06d}.jpg"
         assert question["question"].startswith(annotation["question_type"])
         kind = "yes/no" if right in ("yes", "no") else "number" if right.isdigit() else "other"
         assert annotation["answer_type"] == kind
 
 
 def test_labels_are_right(entries, scene_of):
-    for split in ("train", "test"):
+    for split in ("train", *ASKED):
         for entry in entries[f"entailment_{split}"]:
             assert label(scene_of[f"{entry['image']}.jpg"], entry["sentence"]) == entry["label"], entry
         for entry in entries[f"nlvr_{split}"]:
@@ -223,7 +240,7 @@ def test_labels_are_right(entries, scene_of):
 def test_phrases_mean_one_object_and_the_box_is_its(entries, scene_of):
     for entry in entries["grounding_train"]:
         meant(scene_of[entry["image"]], entry["text"])
-    for entry in entries["grounding_test"]:
+    for entry in (*entries["grounding_val"], *entries["grounding_test"]):
         left, top, right, bottom = meant(scene_of[entry["image"]], entry["text"])["box"]
         assert entry["box"] == [left, top, right - left, bottom - top]
         assert entry["split"] == ("location" if re.search(RELATION, entry["text"]) else "appearance")
