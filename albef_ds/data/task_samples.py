@@ -51,9 +51,12 @@ class TaskSamples:
     def load(self, index: int, rng: np.random.Generator) -> TaskSample:
         """Raises ImageError where an image cannot be used, before anything is drawn from `rng`."""
         entry = self.entries[index]
+        return TaskSample(self.pixels(entry, rng), self.tokens(entry.text), entry, self.answers(entry))
+
+    def pixels(self, entry, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """The entry's images, [3, R, R] each. Raises ImageError, before anything is drawn from `rng`."""
         images = [decode_image(path, key=key) for path, key in zip(self.paths(entry), entry.images, strict=True)]
-        pixels = tuple(self.transform(image, rng) for image in images)
-        return TaskSample(pixels, self.tokens(entry.text), entry, self.answers(entry))
+        return tuple(self.transform(image, rng) for image in images)
 
     @staticmethod
     def paths(entry) -> tuple[str, ...]:
@@ -107,11 +110,11 @@ class TextsByImage:
 
     def load(self, index: int, rng: np.random.Generator) -> GroupSample:
         group, inner = self.groups[index], self.samples
-        first = inner.load(int(group[0]), rng)  # for its image
+        pixels = inner.pixels(inner.entries[int(group[0])], rng)
         drawn = rng.choice(group, self.each, replace=len(group) < self.each)
         entries = [inner.entries[int(i)] for i in drawn]
         texts = [TaskSample((), inner.tokens(e.text), e, inner.answers(e)) for e in entries]
-        return GroupSample((replace(texts[0], images=first.images), *texts[1:]))
+        return GroupSample((replace(texts[0], images=pixels), *texts[1:]))
 
     def collate(self, groups: list[GroupSample], **loaded) -> Loaded:
         return self.samples.collate([sample for group in groups for sample in group.samples], **loaded)
