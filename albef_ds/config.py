@@ -130,10 +130,10 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    name: Literal["reference", "paper", "constant"] = "reference"
+    name: Literal["reference", "paper", "linear", "constant"] = "reference"
     min_lr: float = Field(1e-5, ge=0)
     warmup_lr: float = Field(1e-5, ge=0)
-    warmup_steps: int | None = Field(None, ge=0)  # None: the schedule's own (reference 2,000, paper 1,000)
+    warmup_steps: int | None = Field(None, ge=0)  # None: the schedule's own (reference 2,000; paper, linear 1,000)
 
 
 class TrainConfig(_Section):

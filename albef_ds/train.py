@@ -216,7 +216,7 @@ class Run:
         from albef_ds.training.schedule import build_schedule
 
         schedule = self.config.schedule
-        warmup = {"reference": 2000, "paper": 1000, "constant": 0}[schedule.name]
+        warmup = {"reference": 2000, "paper": 1000, "linear": 1000, "constant": 0}[schedule.name]
         try:
             return build_schedule(
                 schedule.name,

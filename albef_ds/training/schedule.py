@@ -42,7 +42,18 @@ class PaperSchedule:
         if step < self.warmup_steps:
             return self.warmup_lr + (self.lr - self.warmup_lr) * step / self.warmup_steps
         decay_steps = max(self.total_steps - 1 - self.warmup_steps, 1)
-        return _cosine(self.lr, self.min_lr, min((step - self.warmup_steps) / decay_steps, 1.0))
+        return self._decayed(min((step - self.warmup_steps) / decay_steps, 1.0))
+
+    def _decayed(self, progress: float) -> float:
+        return _cosine(self.lr, self.min_lr, progress)
+
+
+@dataclass(frozen=True)
+class LinearSchedule(PaperSchedule):
+    """The same, but a straight line to `min_lr` (Defazio et al., 2023, arXiv:2310.07831)."""
+
+    def _decayed(self, progress: float) -> float:
+        return self.lr + (self.min_lr - self.lr) * progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class ReferenceSchedule:
         return self.warmup_lr + stair * (self.lr - self.warmup_lr) / stairs
 
 
-SCHEDULES = ("reference", "paper", "constant")
+SCHEDULES = ("reference", "paper", "linear", "constant")
 
 
 def build_schedule(
@@ -90,7 +101,7 @@ def build_schedule(
     """The learning rate of every optimiser step.
 
     Args:
-        name: "reference", "paper" or "constant".
+        name: one of SCHEDULES.
         warmup_steps: in optimiser steps; the reference's configuration counts in hundreds (warmup_epochs 20 = 2000).
         steps_per_epoch: optimiser steps per pass over the data.
         epochs: length of the reference's cosine; None: as many epochs as `total_steps` reaches into.
@@ -110,12 +121,13 @@ def build_schedule(
         _require(value >= 1, f"{key} is {value}; expected at least 1")
     _require(warmup_steps >= 0, f"warmup_steps is {warmup_steps}; expected at least 0")
 
-    if name == "paper":
+    if name in ("paper", "linear"):
         _require(
             warmup_steps < total_steps,
             f"warmup_steps ({warmup_steps}) must be below total_steps ({total_steps}), or lr is never reached",
         )
-        return PaperSchedule(lr, min_lr, warmup_lr, warmup_steps, total_steps)
+        kind = PaperSchedule if name == "paper" else LinearSchedule
+        return kind(lr, min_lr, warmup_lr, warmup_steps, total_steps)
 
     epochs = math.ceil(total_steps / steps_per_epoch) if epochs is None else epochs
     _require(epochs >= 1, f"epochs is {epochs}; expected at least 1")

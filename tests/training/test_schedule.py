@@ -77,6 +77,16 @@ def test_paper_schedule_warms_up_linearly_and_reaches_the_minimum_at_the_last_st
     assert decay == sorted(decay, reverse=True)
 
 
+def test_linear_schedule_warms_up_like_the_papers_and_falls_by_equal_steps():
+    numbers = dict(lr=1e-4, warmup_lr=1e-5, warmup_steps=1000, steps_per_epoch=700, total_steps=3001)
+    linear, paper = (build_schedule(name, min_lr=2e-5, **numbers) for name in ("linear", "paper"))
+    assert [linear(step) for step in range(1001)] == [paper(step) for step in range(1001)]
+    falls = [linear(step) - linear(step + 1) for step in range(1000, 3000)]
+    assert falls == pytest.approx([4e-8] * 2000, rel=1e-6)
+    assert linear(3000) == pytest.approx(2e-5) == linear(9999)
+    assert build_schedule("linear", min_lr=0.0, **numbers)(3000) == 0.0
+
+
 def test_constant_schedule_ignores_the_rest():
     schedule = build_schedule(
         "constant", lr=3e-4, min_lr=0, warmup_lr=0, warmup_steps=7, steps_per_epoch=1, total_steps=1
@@ -94,7 +104,7 @@ def test_alpha_ramps_by_fraction_of_the_first_epoch_only():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("cosine", {}, "'cosine'; known: reference, paper, constant"),
+        ("cosine", {}, "'cosine'; known: reference, paper, linear, constant"),
         ("paper", {"lr": -1e-4}, "lr is -0.0001"),
         ("paper", {"lr": math.nan}, "lr is nan"),
         ("paper", {"min_lr": 1.0}, "min_lr is 1.0, above lr"),
