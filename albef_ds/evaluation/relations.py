@@ -19,9 +19,9 @@ from albef_ds.evaluation.boxes import heat_of_proposals
 # Which side of the other's centre a thing's centre lies on: (x or y, sign of the difference).
 _SIDES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
 _RELATION = re.compile(
-    r"\s+(?:(?:that|which) is\s+|that's\s+)?"
+    r" (?:(?:that|which) is |that's )?"
     r"(?:(?:(?:to|on|at) the )?(?P<side>left|right)(?: (?:hand )?side)? of"
-    r"|(?P<above>above|on top of)|(?P<below>below|beneath|under|underneath))\s+",
+    r"|(?P<above>above|on top of)|(?P<below>below|beneath|under|underneath)) ",
     re.IGNORECASE,
 )
 
@@ -36,7 +36,7 @@ class Chain:
 
 def chain_of(text: str) -> Chain | None:
     """The things that a phrase puts in relation; None where it has no such relation between two things."""
-    things, relations, begin = [], [], 0
+    text, things, relations, begin = " ".join(text.split()), [], [], 0
     for match in _RELATION.finditer(text):
         things.append(text[begin : match.start()].strip())
         relations.append((match["side"] or ("above" if match["above"] else "below")).lower())

@@ -24,7 +24,7 @@ WORDINGS = {
     ("text", "things", "relations"),
     [
         ("the star left of the blue square", ("the star", "the blue square"), ("left",)),
-        ("The star  To The Left Of the square", ("The star", "the square"), ("left",)),
+        ("The star  To The\tLeft Of the square", ("The star", "the square"), ("left",)),
         ("man right of the bus under the bridge", ("man", "the bus", "the bridge"), ("right", "below")),
     ],
 )
