@@ -67,11 +67,12 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
 def test_short_runs_are_taken_together_and_kept_apart():
     """What keeps them apart is made once, for all layers, and anew for other keys and for causal attention."""
     torch.manual_seed(0)
-    q_lengths, others = [3, 0, 5, 1, 7, 2, 4], ([2, 6, 1, 8, 3, 3, 5], [9, 1, 1, 1, 9, 1, 1])
+    q_lengths, others = [3, 0, 5, 1, 8, 2, 4], ([2, 6, 1, 8, 3, 3, 5], [8, 1, 1, 1, 8, 1, 1])
     q_spans = spans_of(q_lengths)
     assert module.SHORT // max(*q_lengths, *others[0], *others[1]) > 1
     q = torch.randn(sum(q_lengths), 2, 8)
-    cases = [(spans_of(k_lengths), k_lengths, False) for k_lengths in others] + [(q_spans, q_lengths, True)]
+    cases = [(spans_of(k_lengths), k_lengths, False) for k_lengths in others]
+    cases += [(q_spans, q_lengths, causal) for causal in (True, False)]
     for layer in range(2):
         for k_spans, k_lengths, causal in cases:
             k, v = (torch.randn(sum(k_lengths), 2, 8) for _ in range(2))
