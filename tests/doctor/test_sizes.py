@@ -48,13 +48,14 @@ def kept_for_backward(config, samples: int, autocast: bool) -> int:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_estimate_of_activations_is_near_what_a_step_keeps(tmp_path, task, autocast):
-    config = shaped(tmp_path, f"task={task}")
+    # The kernels of a GPU keep no probabilities; of a CPU's ways to compute attention this one keeps none either.
+    config = shaped(tmp_path, f"task={task}", "model.attention=sdpa")
     measured = (kept_for_backward(config, 8, autocast) - kept_for_backward(config, 4, autocast)) / 4
     assert 0.7 < sizes.activation_bytes(config, autocast) / measured < 1.5
 
 
 def test_checkpointed_activations_are_less_and_the_estimate_knows(tmp_path):
-    config = shaped(tmp_path, "train.activation_checkpointing=true")
+    config = shaped(tmp_path, "train.activation_checkpointing=true", "model.attention=sdpa")
     measured = (kept_for_backward(config, 8, True) - kept_for_backward(config, 4, True)) / 4
     assert measured < sizes.activation_bytes(config, True) < sizes.activation_bytes(shaped(tmp_path), True)
 

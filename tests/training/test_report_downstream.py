@@ -136,7 +136,7 @@ def test_downstream_ends_with_the_page(tmp_path, monkeypatch, capsys):
     def launch(recipe, settings):
         folder = tmp_path / next(s.split("=", 1)[1] for s in settings if s.startswith("output_dir="))
         folder.mkdir(parents=True)
-        summary = {"steps": 3, "samples_per_s": 2.0, "vqa": {"accuracy": 43.2, "questions": 4}}
+        summary = {"steps": 3, "seconds": 1.5, "samples_per_s": 2.0, "vqa": {"accuracy": 43.2, "questions": 4}}
         (folder / "summary.json").write_text(json.dumps(summary))
         return 0
 
