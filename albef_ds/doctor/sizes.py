@@ -25,7 +25,7 @@ SLOW_SAVE = 600.0  # seconds
 
 # Bytes that the backward pass keeps for each token, unit of width and layer: measured on a CPU with hooks on saved
 # tensors, dropout on, attention by torch's kernel in fp32. A GPU keeps less under autocast, as its attention is in bf16
-# too; so does a CPU, whose plain products keep the probabilities besides: more than this where texts or images are long.
+# too. A CPU's plain products keep the probabilities, which is not counted here.
 BYTES_AUTOCAST = {"vision": 56, "text": 62, "fusion": 94}
 BYTES_FP32 = {"vision": 56, "text": 80, "fusion": 116}
 BYTES_CHECKPOINTED = 4  # a layer's input alone
