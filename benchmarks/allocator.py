@@ -20,7 +20,6 @@ from unittest import mock
 import torch
 
 from albef_ds import optional
-from albef_ds.data.files import write_atomically
 from albef_ds.demo import launch
 from benchmarks import measure
 
@@ -63,10 +62,7 @@ def main() -> int:
         "samples_per_s": found,
         "times as fast": {"median": statistics.median(pairs), "each": pairs},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        write_atomically(args.out / "allocator-cpu.json", text)
+    measure.publish(result, args.out, "allocator-cpu.json")
     return 0
 
 

@@ -9,7 +9,6 @@ images, 16 questions each. In turns; ratios are medians of pairs with a 95 % boo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import load_config
 from albef_ds.data.batch import PackedText, QuestionBatch
-from albef_ds.data.files import write_atomically
 from albef_ds.model import attention
 from benchmarks import measure
 
@@ -80,10 +78,7 @@ def main() -> int:
         name: {"ms": measure.summary(times), "times as fast as the first": measure.ratio(first, times)}
         for name, times in samples.items()
     }
-    text = json.dumps({"environment": measure.environment(device), "ways": rows}, indent=1)
-    print(text)
-    if args.out:
-        write_atomically(args.out / "cpu-attention.json", text)
+    measure.publish({"environment": measure.environment(device), "ways": rows}, args.out, "cpu-attention.json")
     return 0
 
 

@@ -4,6 +4,7 @@ Rivals are timed in turns within one run (`interleaved`), so that a warming chip
 Limits (`copy_bandwidth`, `matmul_rate`) are measured on the spot, not read from a data sheet.
 """
 
+import json
 import platform
 import random
 import statistics
@@ -13,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from albef_ds.data.files import write_atomically
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "flash-attn", "liger-kernel", "inf-cl")
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +138,14 @@ def summary(samples: list[float]) -> dict:
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
     return dict(median=statistics.median(ordered), q20=at(0.2), q80=at(0.8), count=len(ordered))
+
+
+def publish(result: dict, folder: Path | None, name: str) -> None:
+    """Prints a result as JSON and, where a folder is given, keeps it there."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if folder is not None:
+        write_atomically(folder / name, text)
 
 
 def ratio(slow: list[float], fast: list[float], draws: int = 1000, seed: int = 0) -> dict:
