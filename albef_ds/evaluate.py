@@ -26,12 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="albef_ds.evaluate", description="Evaluates trained weights.")
     add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
-    args = parser.parse_intermixed_args(argv)
-    try:
-        return run(args)
-    except USER_ERRORS as error:
-        print(f"albef_ds: {error}", file=sys.stderr)
-        return 2
+    return run(parser.parse_intermixed_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from albef_ds.training.engine import leave_distributed
+
+    try:
+        evaluate(args)
+        code = 0
+    except USER_ERRORS as error:
+        print(f"albef_ds: {error}", file=sys.stderr)
+        code = 2
+    leave_distributed(together=code == 0)
+    return code
+
+
+def evaluate(args: argparse.Namespace) -> None:
     from albef_ds.data.tokenizer import load_tokenizer
     from albef_ds.evaluation.recipe import evaluate_recipe
     from albef_ds.training.engine import init_distributed
@@ -63,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
 
             write_atomically(args.out / "summary.json", json.dumps({result.name: result.metrics}, indent=1))
             print(f"report: {write_report(args.out, samples=result.examples)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ USER_ERRORS = (
 
 
 def main(argv: list[str] | None = None) -> int:
+    from albef_ds.training.engine import leave_distributed
+
     args = parse(argv)
     logging.basicConfig(
         level=logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR,
@@ -61,16 +63,27 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    code = outcome(args)
+    leave_distributed(together=code in (0, EXIT_REQUEUE))
+    return code
+
+
+def outcome(args: argparse.Namespace) -> int:
+    """The exit code of what was asked for. Errors that are not the user's pass through, and end the process."""
+    run = None
     try:
         config = load_config(args.recipe, args.overrides)
         run = Run(config, args.deepspeed_config)
-        return run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume)
+        code = run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume)
     except Stopped as stopped:
         print(f"albef_ds: {stopped}", file=sys.stderr)
-        return EXIT_REQUEUE
+        code = EXIT_REQUEUE
     except USER_ERRORS as error:
         print(f"albef_ds: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    if run is not None:
+        run.engine.destroy()
+    return code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

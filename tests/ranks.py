@@ -34,7 +34,7 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 240.0
                 rank, value, error = results.get(timeout=1)
             except queue.Empty:
                 dead = [i for i, p in enumerate(processes) if p.exitcode not in (None, 0) and i not in found]
-                if dead:
+                if dead and results.empty():
                     raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{world_size} ranks did not finish within {timeout} s") from None

@@ -126,7 +126,7 @@ def between_ranks(mine: list[Finding], output: Path | None) -> list[Finding]:
     """Collective. Rank 0's findings, what other hosts found wrong, and what lies between the ranks; alike on all."""
     import torch.distributed as dist
 
-    from albef_ds.training.engine import init_distributed
+    from albef_ds.training.engine import init_distributed, leave_distributed
     from albef_ds.training.extension_lock import build_cpu_collectives
 
     build_cpu_collectives()  # takes a minute the first time; only then does rank 0 open the port that is waited for
@@ -140,7 +140,7 @@ def between_ranks(mine: list[Finding], output: Path | None) -> list[Finding]:
     dist.all_gather_object(gathered, (socket.gethostname(), mine))
     answer = [merged(gathered) + between]
     dist.broadcast_object_list(answer, src=0)
-    dist.destroy_process_group()
+    leave_distributed()
     return answer[0]
 
 

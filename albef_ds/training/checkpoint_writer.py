@@ -25,6 +25,7 @@ from albef_ds.training.upload import Uploader
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_THREAD = "checkpoint"  # the name of the thread that writes
 _PATIENCE = timedelta(hours=6)  # for the slowest rank's disk
 _GRACE = 10.0  # seconds between the first rank's hearing of a failure and the last's, at most
 _LONGEST_WAIT = 60.0  # seconds between two attempts
@@ -77,7 +78,7 @@ class CheckpointWriter:
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         arguments = (files, step, time.perf_counter() - waiting_since)
         # No daemon: a run that ends in an error still finishes the checkpoint that it has begun.
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=arguments, name=CHECKPOINT_THREAD)
         self._thread.start()
 
     def wait(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 from collections.abc import Mapping
 
 import deepspeed
@@ -11,6 +13,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_set_full_fp32_param
 
 from albef_ds.config import BatchPlan, ConfigError, OptimizerConfig
+from albef_ds.tasks.negatives import hosts
+from albef_ds.training.checkpoint_writer import CHECKPOINT_THREAD
 from albef_ds.training.extension_lock import build_cpu_collectives
 from albef_ds.training.muon import Matrices, Muon
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
@@ -36,6 +40,27 @@ def init_distributed() -> tuple[int, int, torch.device]:
             deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_distributed(together: bool = True) -> None:
+    """Ends all process groups and the threads in which Gloo's work; nothing where there is none.
+
+    Such a thread lets go of a tensor a moment after those who waited for its sum have gone on. Does it so while Python
+    ends, the process aborts ("terminate called without an active exception") and a run that went well is reported as
+    failed: https://github.com/pytorch/pytorch/pull/179291. A DeepSpeed engine holds groups until it is destroyed.
+
+    Args:
+        together: all ranks leave now. Where they may not, as after an error of one, NCCL's groups would wait for each
+            other, and are left to the end of the process.
+    """
+    if not dist.is_initialized() or not (together or dist.get_backend() == "gloo"):
+        return
+    for thread in threading.enumerate():
+        if thread.name == CHECKPOINT_THREAD:  # after an error a checkpoint may still be written, through its group
+            thread.join()
+    hosts.cache_clear()
+    deepspeed.comm.destroy_process_group()
+    gc.collect()  # the threads end with the last reference to a group
 
 
 def engine_config(deepspeed_json: Mapping, plan: BatchPlan, clip: float) -> dict:

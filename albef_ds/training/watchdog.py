@@ -52,6 +52,7 @@ class Watchdog:
         self._moved = time.monotonic()
         self._left: str | None = None  # "": in good order; else the error
         self._left_is_said = False
+        self._talking: threading.Thread | None = None
         self._hurry, self._ending = threading.Event(), threading.Event()
         self._others = {rank: _Rank(f"rank {rank}") for rank in range(self.world_size) if rank != self.rank}
         self._answered = time.monotonic()
@@ -77,8 +78,8 @@ class Watchdog:
             self._store = self._open_store()
             self._say()
             dist.barrier()  # from here on every rank has said something
-            self._start(self._talk)
-        self._judging = self._start(self._judge)
+            self._talking = self._start(self._talk)
+        self._start(self._judge)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -99,6 +100,8 @@ class Watchdog:
             if self.rank == 0:
                 self._wait(lambda: all(r.left is not None for r in self._others.values()), seconds)
         self._ending.set()
+        if self._talking is not None:  # in the store's code it would abort the process where Python ends meanwhile
+            self._talking.join(2)
 
     def _wait(self, done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
