@@ -63,6 +63,8 @@ def measure(engine, folder: Path, saves: int, background: bool) -> dict[str, flo
 
 
 def main(argv: list[str] | None = None) -> int:
+    from albef_ds.training.engine import leave_distributed
+
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             name: measure(engine, Path(folder) / name, args.saves, background)
             for name, background in (("background", True), ("waiting", False))
         }
+    engine.destroy()
+    leave_distributed()
     ratio = found["background"]["blocked_s"] / found["waiting"]["blocked_s"]
     result = {"size": args.size, "device": args.device, "saves": args.saves, **found, "ratio": ratio}
     if args.json:

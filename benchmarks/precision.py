@@ -27,7 +27,7 @@ from albef_ds.data.shapes_world import write_shapes_world
 from albef_ds.data.tokenizer import load_tokenizer
 from albef_ds.data.torch_loader import PretrainingLoader
 from albef_ds.train import seed_all
-from albef_ds.training.engine import build_engine, clamp_temperature, engine_config, init_distributed
+from albef_ds.training.engine import build_engine, clamp_temperature, engine_config, init_distributed, leave_distributed
 
 BATCH = 16
 MODES = {
@@ -58,6 +58,7 @@ def run(mode: str, config, batches: list, device: torch.device, lr: float) -> di
         clamp_temperature(engine)
         losses.append(float(sum(found.values()).detach()))
         seconds.append(time.perf_counter() - began)
+    engine.destroy()
     moved = {n: (p.detach().float() - start[n]) for n, p in task.teacher.named_parameters()}
     trained = sum(p.numel() for p in task.model.parameters())
     frozen = sum(p.numel() for p in task.teacher.parameters())
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     result = measure(args.steps, args.lr, args.data)
+    leave_distributed()
     if args.json:
         print(json.dumps(result, indent=1))
         return
