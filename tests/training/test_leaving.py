@@ -1,8 +1,9 @@
-"""The end of a process: no thread of Gloo's is left that could abort it while Python ends."""
+"""The end of a process: no thread is left, of Gloo or the watchdog, that could abort it while Python ends."""
 
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,20 @@ def leaves_while_writing(folder: str) -> int:
 
 def test_a_checkpoint_that_is_being_written_is_finished_first(tmp_path):
     assert run_ranks(RANKS, leaves_while_writing, str(tmp_path / "checkpoints")) == [1] * RANKS
+
+
+def leaves_while_the_watchdog_talks() -> list[str]:
+    """The threads that are alive after a watchdog has left in the middle of its talk."""
+    from albef_ds.training import watchdog
+    from albef_ds.training.engine import init_distributed
+
+    heard = watchdog._Rank.heard
+    watchdog._Rank.heard = lambda self, said: (time.sleep(0.5), heard(self, said))
+    init_distributed()
+    with watchdog.Watchdog(dead_seconds=20, timeout_minutes=2):
+        pass
+    return [thread.name for thread in threading.enumerate() if "talk" in thread.name]
+
+
+def test_the_watchdog_has_ended_its_talk():
+    assert run_ranks(RANKS, leaves_while_the_watchdog_talks) == [[]] * RANKS
