@@ -3,7 +3,7 @@ behind it.
 
 Sequences come packed: N runs of rows, one after another, described by a `Spans`. A query run attends to the key run of
 the same number, so cross-attention of several texts to one image is one long query run over that image's keys, which
-are read where they lie.
+are read where they lie. No backend asks a GPU how long a run is: all shapes follow from numbers that the host has.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from functools import cached_property, lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albef_ds import optional
 
 BACKENDS = ("auto", "flash", "varlen", "efficient", "sdpa", "eager")
-PACKED = ("flash", "varlen")  # read the rows as they lie; the others pad them first
+PACKED = ("flash", "varlen", "efficient")  # read the rows as they lie; the others pad them first
 ON_A_GPU = ("flash", "varlen", "efficient", "eager")  # what `auto` tries, in this order
 ON_A_CPU = {torch.bfloat16: ("eager",)}  # else sdpa, which is slower there (ds_configs/README.md)
 SHORT = 32  # rows that a CPU takes at once, where runs are at most half as long
+PIECE = 64  # rows of the pieces that long query runs are cut into, where padding them would cost more
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Spans:
     """N consecutive runs of rows: run i is rows cu_seqlens[i] : cu_seqlens[i + 1].
 
-    `max_length` (a host number) bounds the longest run. `regular`: every run has exactly max_length rows, so the packed
-    rows are a plain [N, max_length] array.
+    `max_length` (a host number) bounds the longest run, and may be far above it. `regular`: every run has exactly
+    max_length rows, so the packed rows are a plain [N, max_length] array.
     """
 
     cu_seqlens: Tensor  # [N + 1] int32
@@ -82,6 +82,24 @@ class Spans:
         even = self.regular and self.num % each == 0
         return Spans(cu_seqlens, int(cu_seqlens.diff().max()), self.num_rows, regular=even)
 
+    @property
+    def padded_rows(self) -> int:
+        return self.num * self.max_length
+
+    @cached_property
+    def pieces(self) -> tuple[Spans, Tensor]:
+        """The runs cut into pieces of at most PIECE rows, and [N'] int64: which run each is of.
+
+        N' is how many there can be, as the host knows without asking; what there is not is an empty piece at the end.
+        """
+        count = self.lengths.add(PIECE - 1).div(PIECE, rounding_mode="floor")  # [N]
+        ends = count.cumsum(0)
+        number = torch.arange(self.num_rows // PIECE + self.num, device=ends.device)
+        run = torch.searchsorted(ends, number, right=True).clamp(max=self.num - 1)
+        starts = self.cu_seqlens.long()[run] + (number - (ends - count)[run]) * PIECE
+        cu_seqlens = F.pad(starts.clamp(max=self.num_rows), (0, 1), value=self.num_rows).int()
+        return Spans(cu_seqlens, PIECE, self.num_rows), run
+
     @cached_property
     def beside(self) -> dict[tuple[int, int, bool], SideBySide]:
         """What `side_by_side` made of these queries, for the next layer."""
@@ -98,7 +116,7 @@ class Spans:
         """[T, ...] to [N, max_length, ...], zeros where there is no row."""
         if self.regular:
             return rows.unflatten(0, (self.num, self.max_length))
-        padded = rows.new_zeros(self.num * self.max_length, *rows.shape[1:])
+        padded = rows.new_zeros(self.padded_rows, *rows.shape[1:])
         return padded.index_copy(0, self.slots, rows).unflatten(0, (self.num, self.max_length))
 
     def unpad(self, padded: Tensor) -> Tensor:
@@ -213,17 +231,56 @@ def attention(
     if on_cpu and backend == "sdpa" and dtype != torch.float64:
         # Its kernel takes five times as long backward in bf16 as in fp32 there.
         q, k, v = q.float(), k.float(), v.float()
-    each = SHORT // max(q_spans.max_length, k_spans.max_length) if on_cpu and backend == "eager" else 1
+    out = padded_attention(backend, q, k, v, q_spans, k_spans, dropout_p, causal)
+    return out.to(dtype)
+
+
+def self_attention(qkv: Tensor, spans: Spans, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
+    """`attention` of rows to the rows of their own run, queries, keys and values projected in one piece.
+
+    Args:
+        qkv: [T, 3, H, d].
+
+    Returns:
+        [T, H, d]
+    """
+    backend = resolve_backend(backend, qkv.device.type, qkv.dtype, dropout_p > 0, qkv.shape[-1])
+    if backend != "flash":
+        return attention(*qkv.unbind(1), spans, spans, dropout_p, backend)
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    # Its gradient comes in one piece too; three of them would have to be stacked.
+    same_bits = torch.are_deterministic_algorithms_enabled()
+    bounds = (spans.cu_seqlens, spans.max_length)
+    return flash_attn_varlen_qkvpacked_func(qkv, *bounds, dropout_p=dropout_p, deterministic=same_bits)
+
+
+def padded_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
+    """The backends that know no packed rows. Short runs are taken together on a CPU. Query runs whose bound is far
+    above their length are cut into pieces, each with a copy of its keys."""
+    each = SHORT // max(q_spans.max_length, k_spans.max_length) if q.is_cpu and backend == "eager" else 1
+    of_piece = None
     if each > 1 and q_spans.num > 1:
         joined = side_by_side(q_spans, k_spans, each, causal)
         q_spans, k_spans, mask, causal = joined.q_spans, joined.k_spans, joined.mask, False
     else:
         # Padding stands behind its run: no row that counts looks that far where attention is causal.
         mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
+        if not causal and cutting_pays(q_spans):
+            q_spans, of_piece = q_spans.pieces
     q, k, v = (spans.pad(x).transpose(1, 2) for spans, x in ((q_spans, q), (k_spans, k), (k_spans, v)))
+    if of_piece is not None:
+        # In fp32: the gradients of a run's pieces are added there.
+        k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).index_select(0, of_piece).to(x.dtype) for x in (k, v))
+        mask = None if mask is None else mask.index_select(0, of_piece)
     with torch.autocast(q.device.type, enabled=False):  # which would cast the operands back
         out = PADDED[backend](q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
-    return q_spans.unpad(out.transpose(1, 2)).to(dtype)
+    return q_spans.unpad(out.transpose(1, 2))
+
+
+def cutting_pays(spans: Spans) -> bool:
+    """Whether pieces have less than a quarter of the rows that padding to the longest run could have."""
+    return not spans.regular and 4 * (spans.num_rows + spans.num * PIECE) < spans.padded_rows
 
 
 def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> SideBySide:
@@ -245,22 +302,22 @@ def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> Sid
 
 
 def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
-    """flash-attn's kernel, or torch's own copy of it; both take packed rows as they are."""
+    """Kernels that take packed rows as they are: flash-attn's, torch's own copy of it, and torch's memory-efficient
+    one, which knows fp32 and dropout too."""
     bounds = (q_spans.cu_seqlens, k_spans.cu_seqlens, q_spans.max_length, k_spans.max_length)
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 
         same_bits = torch.are_deterministic_algorithms_enabled()  # flash-attn does not ask for itself
         return flash_attn_varlen_func(q, k, v, *bounds, dropout_p=dropout_p, causal=causal, deterministic=same_bits)
+    if backend == "efficient":
+        # As torch's nested tensors call it: one batch of all rows. 1 is a causal mask, from the first row on.
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        kernel = torch.ops.aten._efficient_attention_forward
+        return kernel(q[None], k[None], v[None], None, *bounds, dropout_p, int(causal), learning)[0][0]
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))
-
-
-def efficient_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """torch's memory-efficient kernel alone: it takes a padding mask and dropout, and keeps no [L, L] scores."""
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def eager_attention(
@@ -276,4 +333,4 @@ def eager_attention(
     return F.dropout(probabilities, dropout_p) @ v
 
 
-PADDED = {"sdpa": F.scaled_dot_product_attention, "efficient": efficient_attention, "eager": eager_attention}
+PADDED = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from albef_ds.config import VisionConfig
-from albef_ds.model.attention import Spans, attention
+from albef_ds.model.attention import Spans, self_attention
 
 
 class ImageAttention(Attention):
@@ -23,10 +23,9 @@ class ImageAttention(Attention):
         if attn_mask is not None or is_causal:
             raise ValueError("the image encoder attends to all patches: it takes no mask")
         batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch * length, 3, self.num_heads, self.head_dim).unbind(1)
-        spans = Spans.equal(batch, length, x.device)
+        qkv = self.qkv(x).view(batch * length, 3, self.num_heads, self.head_dim)
         dropout = self.attn_drop.p if self.training else 0.0
-        out = attention(q, k, v, spans, spans, dropout, self.backend)
+        out = self_attention(qkv, Spans.equal(batch, length, x.device), dropout, self.backend)
         return self.proj_drop(self.proj(out.reshape(batch, length, -1)))
 
 

@@ -14,7 +14,6 @@ from albef_ds.data.batch import PackedText, PairBatch, PretrainingBatch
 from albef_ds.data.mixgen import mixgen
 from albef_ds.kernels import queue_contrastive_loss, sample_hard_negatives
 from albef_ds.model.albef import ALBEF, at_least_fp32
-from albef_ds.model.attention import PACKED, resolve_backend
 from albef_ds.model.queue import FeatureQueue, gather_features
 from albef_ds.model.teacher import Teacher
 from albef_ds.tasks.negatives import AllRanks, Pool, across_ranks
@@ -122,12 +121,9 @@ class Contrastive(Task):
         return loss(self.alpha)
 
     def room(self, tokens: int, image_embeds: Tensor) -> int | None:
-        """Rows to set aside for a fusion pass of at most so many tokens, or None where they may be counted."""
-        device = image_embeds.device.type
-        # Under autocast embeddings leave a LayerNorm in fp32; the attention after the next projection is what counts.
-        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_embeds.dtype
-        dropout = self.config.text.attention_dropout > 0
-        return tokens if resolve_backend(self.config.attention, device, arithmetic, dropout) in PACKED else None
+        """Rows to set aside for a fusion pass of at most so many tokens, or None where they may be counted: on a CPU,
+        which there is no waiting for."""
+        return None if image_embeds.is_cpu else tokens
 
     def matching(self, pairs: Tensor, negative_text: Tensor, negative_image: Tensor) -> Tensor:
         """ITM of the pairs' [CLS] [3 B, W]: the mean over those that exist; where a sample has no negative, its pair

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 from albef_ds import optional
 from albef_ds.model import attention as module
-from albef_ds.model.attention import Spans, attention, resolve_backend
+from albef_ds.model.attention import Spans, attention, resolve_backend, self_attention
 
 # Of each element, by dtype: fp32 differs by the order of sums, bf16 keeps 8 bits of operands and probabilities.
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
 RAGGED = [1, 2, 197, 577, 25]
 
 
-def spans_of(lengths: list[int]) -> Spans:
+def spans_of(lengths: list[int], bound: int | None = None) -> Spans:
+    """bound: what the host knows of the longest, where that is not its length."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Spans(cu_seqlens, max(lengths), sum(lengths))
+    return Spans(cu_seqlens, bound or max(lengths), sum(lengths))
 
 
 def by_hand(q, k, v, q_lengths, k_lengths, causal=False):
@@ -62,6 +63,39 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     for f, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(runs=runs, piece=st.sampled_from([1, 2, 5, 64]), backend=st.sampled_from(["sdpa", "eager"]), dtype=st.booleans())
+def test_runs_of_which_the_host_knows_a_far_bound_alone(runs, piece, backend, dtype):
+    """As on a GPU, where nobody asks how many texts look at an image: pieces in place of padding to the bound."""
+    q_lengths, k_lengths = runs
+    torch.manual_seed(0)
+    q = torch.randn(sum(q_lengths), 2, 8, requires_grad=True)
+    k, v = (torch.randn(sum(k_lengths), 2, 8, requires_grad=True) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", piece)
+        spans = spans_of(q_lengths, bound=1000)
+        assert module.cutting_pays(spans)
+        pieces, run = spans.pieces
+        lengths = [(run[i].item(), n) for i, n in enumerate(pieces.lengths.tolist()) if n]
+        assert all(n <= piece for _, n in lengths) and pieces.cu_seqlens[-1] == sum(q_lengths)
+        assert [sum(n for of, n in lengths if of == i) for i in range(len(q_lengths))] == q_lengths
+        out = attention(q, k, v, spans, spans_of(k_lengths), backend=backend)
+    expected = by_hand(q, k, v, q_lengths, k_lengths)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+
+
+def test_cutting_is_for_bounds_far_above_the_lengths():
+    assert not module.cutting_pays(spans_of([30, 90, 60]))
+    assert not module.cutting_pays(Spans.equal(3, 577, "cpu"))
+    images, tokens = 64, 64 * 67  # a fusion pass of 64 captions: all that the host knows of the texts of an image
+    assert module.cutting_pays(Spans(torch.zeros(images + 1, dtype=torch.int32), tokens, tokens))
 
 
 def test_short_runs_are_taken_together_and_kept_apart():
@@ -136,15 +170,27 @@ def test_dropout_keeps_the_mean_and_can_be_seeded(backend):
     assert torch.equal(attention(q, k, v, spans, spans, 0.5, backend), dropped[0])
 
 
-def with_gradients(backend, lengths, device, dtype, causal=False, k_lengths=None):
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_self_attention_of_what_was_projected_in_one_piece(backend):
+    qkv, spans = torch.randn(12, 3, 2, 8), spans_of([3, 4, 5])
+    torch.testing.assert_close(
+        self_attention(qkv, spans, backend=backend), attention(*qkv.unbind(1), spans, spans, backend=backend)
+    )
+
+
+def spans_on(device, lengths, bound=None) -> Spans:
+    spans = spans_of(lengths, bound)
+    return Spans(spans.cu_seqlens.to(device), spans.max_length, spans.num_rows)
+
+
+def with_gradients(backend, lengths, device, dtype, causal=False, k_lengths=None, bound=None):
     """Output and gradients of one backend, fp32, on the CPU; the same operands for every backend."""
     generator = torch.Generator().manual_seed(0)
     k_lengths = k_lengths or lengths
     shapes = [(sum(n), 2, 64) for n in (lengths, k_lengths, k_lengths)]
     q, k, v = (torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
     weight = torch.randn(shapes[0], generator=generator).to(device, dtype)
-    spans = [spans_of(n) for n in (lengths, k_lengths)]
-    spans = [Spans(s.cu_seqlens.to(device), s.max_length, s.num_rows) for s in spans]
+    spans = (spans_on(device, lengths, bound), spans_on(device, k_lengths))
     out = attention(q, k, v, *spans, backend=backend, causal=causal)
     return [t.float().cpu() for t in (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))]
 
@@ -175,6 +221,28 @@ def test_on_a_gpu_every_backend_equals_eager(backend, dtype, case):
     if why := module.obstacle(backend, "cuda", dtype, False, 64):
         pytest.skip(f"{backend} {why}")
     same(backend, "cuda", dtype, **case)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("backend", ["flash", "varlen", "efficient", "sdpa", "eager"])
+def test_on_a_gpu_far_bounds_and_one_piece_change_nothing(backend, dtype):
+    if why := module.obstacle(backend, "cuda", dtype, False, 64):
+        pytest.skip(f"{backend} {why}")
+    k_lengths = [577, 3, 1, 197, 30]
+    exact = with_gradients("eager", RAGGED, "cuda", dtype, k_lengths=k_lengths)
+    for found, wanted in zip(
+        with_gradients(backend, RAGGED, "cuda", dtype, k_lengths=k_lengths, bound=5000), exact, strict=True
+    ):
+        torch.testing.assert_close(found, wanted, **CLOSE[dtype])
+    qkv = torch.randn(802, 3, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+    weight, spans = torch.randn(802, 2, 64, device="cuda", dtype=dtype), spans_on("cuda", RAGGED)
+    results = []
+    for name in (backend, "eager"):
+        out = self_attention(qkv, spans, backend=name)
+        results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), qkv)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE[dtype])
 
 
 # -- the choice, without a GPU ---------------------------------------------------------------------------------------
@@ -278,38 +346,95 @@ def flash_attn_varlen_func(  # the head of flash-attn 2's function
     raise NotImplementedError
 
 
+def flash_attn_varlen_qkvpacked_func(
+    qkv,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    raise NotImplementedError
+
+
+def bound_by_schema(operator, args, kwargs) -> dict:
+    """The arguments of a call to one of torch's operators, by name."""
+    given = dict(zip([a.name for a in operator._schema.arguments], args, strict=False)) | kwargs
+    assert given.keys() <= {a.name for a in operator._schema.arguments}
+    return given
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+@pytest.mark.parametrize("backend", ["flash", "varlen", "efficient"])
 def test_packed_kernels_are_given_their_arguments_by_the_right_names(backend, causal, monkeypatch):
     """A stand-in with the kernel's own signature computes from the arguments as they arrive by name."""
     if backend == "flash":
         home, real = types.ModuleType("flash_attn"), flash_attn_varlen_func
         monkeypatch.setitem(sys.modules, "flash_attn", home)
+    elif backend == "efficient":
+        home, real = torch.ops.aten, torch.ops.aten._efficient_attention_forward.default
     else:
         home = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
         real = home.varlen_attn
-    signature = inspect.signature(real)
+
+    def arguments(args, kwargs) -> dict:
+        if backend == "efficient":
+            return bound_by_schema(real, args, kwargs)
+        bound = inspect.signature(real).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
     def stand_in(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        q, k, v, cu_q, cu_k, max_q, max_k = list(bound.arguments.values())[:7]
-        names = [name.replace("seqlens", "seq").replace("seqlen", "") for name in list(bound.arguments)[3:7]]
-        assert [name.replace("__", "_") for name in names] == ["cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+        given = arguments(args, kwargs)
+        q, k, v = list(given.values())[:3]
+        names = {name.replace("seqlens", "seq").replace("_seqlen", ""): value for name, value in given.items()}
+        cu_q, cu_k, max_q, max_k = (names[name] for name in ("cu_seq_q", "cu_seq_k", "max_q", "max_k"))
         assert cu_q.dtype == cu_k.dtype == torch.int32
         assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
-        given = bound.arguments
+        lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+        if backend == "efficient":
+            assert given["bias"] is None and given["dropout_p"] == 0.0 and given["compute_log_sumexp"]
+            down = {0: False, 1: True}[given["custom_mask_type"]]
+            return by_hand(q[0], k[0], v[0], *lengths, down).to(q.dtype)[None], None, None, None, max_q, max_k
         assert backend == "varlen" or given["deterministic"] == torch.are_deterministic_algorithms_enabled()
         down = given["causal"] if backend == "flash" else {(-1, -1): False, (-1, 0): True}[given["window_size"]]
-        return by_hand(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), down).to(q.dtype)
+        return by_hand(q, k, v, *lengths, down).to(q.dtype)
 
-    monkeypatch.setattr(home, real.__name__, stand_in, raising=False)
+    monkeypatch.setattr(
+        home, "_efficient_attention_forward" if backend == "efficient" else real.__name__, stand_in, raising=False
+    )
     monkeypatch.setattr(module, "resolve_backend", lambda name, *_: name)
     q_lengths, k_lengths = [3, 1, 7], [3, 1, 7] if causal else [2, 9, 4]
-    q, k, v = (torch.randn(sum(n), 2, 8) for n in (q_lengths, k_lengths, k_lengths))
+    q, k, v = (torch.randn(sum(n), 2, 8, requires_grad=True) for n in (q_lengths, k_lengths, k_lengths))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: causal)  # both ways, one with each
     out = attention(q, k, v, spans_of(q_lengths), spans_of(k_lengths), backend=backend, causal=causal)
     torch.testing.assert_close(out, by_hand(q, k, v, q_lengths, k_lengths, causal).float())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attn_takes_a_packed_projection_as_it_is(deterministic, monkeypatch):
+    def stand_in(*args, **kwargs):
+        given = inspect.signature(flash_attn_varlen_qkvpacked_func).bind(*args, **kwargs)
+        given.apply_defaults()
+        given = given.arguments
+        assert given["dropout_p"] == 0.25 and given["deterministic"] is deterministic and not given["causal"]
+        assert given["max_seqlen"] == 7 and given["cu_seqlens"].dtype == torch.int32
+        lengths = given["cu_seqlens"].diff().tolist()
+        return by_hand(*given["qkv"].unbind(1), lengths, lengths).float()
+
+    home = types.ModuleType("flash_attn")
+    home.flash_attn_varlen_qkvpacked_func = stand_in
+    monkeypatch.setitem(sys.modules, "flash_attn", home)
+    monkeypatch.setattr(module, "resolve_backend", lambda *_: "flash")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    qkv, spans = torch.randn(11, 3, 2, 8), spans_of([3, 1, 7])
+    out = self_attention(qkv, spans, 0.25)
+    torch.testing.assert_close(out, by_hand(*qkv.unbind(1), [3, 1, 7], [3, 1, 7]).float())
 
 
 def test_differing_numbers_of_runs_are_refused():
