@@ -15,34 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from albef_ds.training.flops import CPU_ATTENTION
+from albef_ds.training.flops import FlopCount
 
 aten = torch.ops.aten
-
-
-def _contrastive_flops(image_feat, text_feat, image_feat_m, text_feat_m, image_queue, *args, out_shape=None, **kwargs):
-    """Our fused loss is one operator, which PyTorch's counter does not know. Both directions: model's and teacher's
-    logits, and the gradient to the features; the Triton kernels make the two logits a second time for the gradient."""
-    (batch, dim), length = image_feat, image_queue[0]
-    with_grad, impl = args[-2:]
-    products = 2 if not with_grad else 5 if impl == "triton" else 3
-    return 2 * products * 2 * batch * (batch + length) * dim
-
-
-class StepFlops(FlopCounterMode):
-    """FLOPs executed inside, a multiply-add being two; knows every attention operator and our own loss operator."""
-
-    def __init__(self):
-        import albef_ds.kernels  # noqa: F401  (registers the operator)
-
-        ours = {torch.ops.albef_ds.queue_contrastive: _contrastive_flops}
-        super().__init__(display=False, custom_mapping={**CPU_ATTENTION, **ours})
-
-    @property
-    def total(self) -> int:
-        return self.get_total_flops()
 
 
 class OperatorCount(TorchDispatchMode):
@@ -142,7 +118,7 @@ def count_flops(build: Callable[[object], tuple[nn.Module, Callable[[], object]]
         model, step = build(config)
     with FakeTensorMode(allow_non_fake_inputs=True), Replay(recording.answers):
         _without_values(model)
-        with StepFlops() as flops:
+        with FlopCount() as flops:
             step()
     return flops.total
 

@@ -2,13 +2,12 @@
 
 On a CPU they do without it. On a GPU it costs speed, and covers
 - PyTorch's operations (torch.use_deterministic_algorithms; one that has no deterministic form raises an error and is
-  named there), its scaled-dot-product attention among them,
+  named there), its attention kernels among them,
+- flash-attn's backward pass, which is asked to add in one order (`model/attention.py`),
 - cuBLAS (CUBLAS_WORKSPACE_CONFIG, which must be set before the first matrix product) and cuDNN.
 
 This project's Triton kernels add in one order always. What still makes two runs differ:
 - another kind of device, another number of ranks, or another version of PyTorch, CUDA or Triton: other orders of sums;
-- flash-attn's backward pass, which adds with atomics unless asked not to: with it installed choose `model.attention:
-  sdpa` where the bits matter;
 - `torch.compile` and Triton's autotuning where they choose by timing; a saved tuning cache settles the choice;
 - NCCL, where NCCL_ALGO is left to it and topology changes between runs;
 - a sample that could be read in one run and not in the other.

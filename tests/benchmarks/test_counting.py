@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
+from albef_ds.training.flops import FlopCount
 from benchmarks import flops, workload
-from benchmarks.counting import OperatorCount, StepFlops, count_flops
+from benchmarks.counting import OperatorCount, count_flops
 from benchmarks.reference import PaddedBatch, ReferenceALBEF
 
 TINY = workload.preset("tiny", dropout=0.0)
@@ -20,13 +21,13 @@ BATCH = workload.captions_batch(TINY, "mean14", 8)
 def test_counted_without_values_equals_counted_really(build, batch, dropout):
     config = workload.preset("tiny", dropout)
     _, step = build(config, batch)
-    with StepFlops() as real:
+    with FlopCount() as real:
         step()
     assert real.total == count_flops(partial(build, batch=batch), config, flops.narrowed(config))
 
 
 def forward_flops(step) -> int:
-    with torch.no_grad(), StepFlops() as counted:
+    with torch.no_grad(), FlopCount() as counted:
         step()
     return counted.total
 
@@ -48,7 +49,7 @@ def test_every_kind_of_attention_counts_alike():
 
 def test_attention_and_our_loss_are_not_free():
     q = torch.randn(2, 3, 5, 8, requires_grad=True)
-    with StepFlops() as counted:
+    with FlopCount() as counted:
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
     product = 2 * 2 * 3 * 5 * 5 * 8
     assert counted.total == 7 * product
@@ -58,7 +59,7 @@ def test_attention_and_our_loss_are_not_free():
     feats = [torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for _ in range(4)]
     queues = [torch.nn.functional.normalize(torch.randn(10, 16), dim=1) for _ in range(2)]
     feats[0].requires_grad_()
-    with StepFlops() as counted:
+    with FlopCount() as counted:
         queue_contrastive_loss(*feats, *queues, torch.tensor([0.07]), 0.4)
     assert counted.total == 2 * 3 * 2 * 4 * (4 + 10) * 16
 
