@@ -54,6 +54,7 @@ setup(
             "playwright>=1.50",  # drives a browser in tests/inference/test_page.py
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist>=3.6",  # `pytest tests/kernels -n 8`: kernels are compiled by several processes
             "hypothesis>=6.100",
             "ruff>=0.8",
             "pre-commit",

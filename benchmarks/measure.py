@@ -5,19 +5,24 @@ Limits (`copy_bandwidth`, `matmul_rate`) are measured on the spot, not read from
 """
 
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from albef_ds.data.files import write_atomically
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "flash-attn", "liger-kernel", "inf-cl")
+CYCLES = 2_500_000  # of the fastest GPUs' clocks in a millisecond; on a slower one a head start is longer
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,7 +30,10 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device `name`, or the GPU if there is one, else the CPU. Raises RuntimeError for a GPU that is not there."""
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise RuntimeError(f"--device {name} was asked for, and torch sees no GPU")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.index:
+        torch.cuda.set_device(device)  # events are recorded on the current GPU, whichever computes
+    return device
 
 
 def environment(device: torch.device) -> dict:
@@ -92,32 +100,51 @@ def nvidia_smi(field: str) -> str:
 
 
 class Clock:
-    """Milliseconds of one call. On a GPU: between events, the L2 cache overwritten before, as a training step does."""
+    """Milliseconds of one call. On a GPU: between events, the L2 cache overwritten before, as a training step does.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Launching a small kernel takes the host longer than running it takes the GPU, which is then timed waiting for
+    Python. With a head start the GPU is kept busy first, until the host has queued the whole call.
+
+    Args:
+        head_start: milliseconds that the host gets; 0, none, for whole steps, which must show their host time.
+    """
+
+    def __init__(self, device: torch.device, head_start: float = 0.0):
+        self.device, self.head_start = device, head_start
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        self.overtaken: Counter[Callable] = Counter()  # calls of which the GPU began before the host had queued the end
 
-    def __call__(self, call) -> float:
+    def __call__(self, call: Callable) -> float:
         if self.flush is None:
             start = time.perf_counter()
             call()
             return (time.perf_counter() - start) * 1e3
         self.flush.zero_()
+        if self.head_start:
+            torch.cuda._sleep(int(self.head_start * CYCLES))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
         end.record()
+        self.overtaken[call] += begin.query()
         end.synchronize()
         return begin.elapsed_time(end)
 
 
-def interleaved(calls: dict, device: torch.device, seconds: float = 2.0, least: int = 5, warmup: int = 3) -> dict:
+def interleaved(
+    calls: dict,
+    device: torch.device,
+    seconds: float = 2.0,
+    least: int = 5,
+    warmup: int = 3,
+    clock: Clock | None = None,
+) -> dict:
     """{name: milliseconds of every round} of all calls in turns, forwards and backwards (A B B A), for about `seconds`.
 
-    At least `least` rounds whatever they take; `warmup` calls of each come before and are not counted.
+    At least `least` rounds whatever they take; `warmup` calls of each come before and are not counted. `clock` is one
+    without a head start if none is given.
     """
-    clock = Clock(device)
+    clock = clock or Clock(device)
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -128,6 +155,18 @@ def interleaved(calls: dict, device: torch.device, seconds: float = 2.0, least: 
             samples[name].append(clock(calls[name]))
         order.reverse()
     return samples
+
+
+def host_milliseconds(call: Callable, device: torch.device, rounds: int = 5) -> float:
+    """Median time until a call returns to the host: the GPU idle before, and waited for only if the call does so."""
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 def summary(samples: list[float]) -> dict:
@@ -146,6 +185,45 @@ def publish(result: dict, folder: Path | None, name: str) -> None:
     print(text)
     if folder is not None:
         write_atomically(folder / name, text)
+
+
+class Rows:
+    """The rows of a benchmark, each on the disk as soon as it is there: whatever stops it, finished rows stay.
+
+    Args:
+        path: the file of JSON lines that rows are appended to, made with its folder at the first one; None keeps them
+            in memory alone.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path, self.rows = path, []
+
+    def add(self, row: dict) -> None:
+        """Keeps one row; where there is a path, it is on the disk when this returns."""
+        self.rows.append(row)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            _drop_torn_line(file)
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cuts off what a killed run left after the last whole line, or the next row would be glued to it."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0 or (file.seek(size - 1), file.read(1))[1] == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole lines of a file of `Rows`; a last one that a killed process left torn is passed over."""
+    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def ratio(slow: list[float], fast: list[float], draws: int = 1000, seed: int = 0) -> dict:
@@ -193,6 +271,8 @@ def table(rows: list[dict], columns: list[str]) -> str:
     def cell(value):
         if value is None:
             return "not measured"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]

@@ -1,4 +1,4 @@
-"""How the queue-contrastive kernels are cut into tiles: defaults for sm_80 and sm_90, and what tuning has found.
+"""How the queue-contrastive kernels are cut into tiles: defaults by shared memory, and what tuning has found.
 
 The defaults were chosen by compiling, not by timing (`python -m benchmarks.compile_report`): no register spills, shared
 memory within the chip's, tensor cores and asynchronous copies in use. `python -m albef_ds.kernels.tuning` times a short
@@ -18,7 +18,8 @@ from albef_ds.kernels.queue_contrastive import MAX_TRITON_DIM as MAX_DIM
 
 MAX_SPLITS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a program may have, by compute capability
+SMALLEST = 99 * 1024  # bytes of shared memory that a program may have on the smallest chips
+SHARED_MEMORY = {80: 163 * 1024, 86: SMALLEST, 89: SMALLEST, 90: 227 * 1024, 100: 227 * 1024, 120: SMALLEST}
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,30 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def default_tiles(arch: int, dtype: torch.dtype, batch: int, dim: int, with_ids: bool) -> tuple[Tile, Tile]:
-    """(statistics, gradient) tiles for a chip of compute capability `arch` (80, 90; others take the safest)."""
+def default_tiles(
+    arch: int, dtype: torch.dtype, batch: int, dim: int, with_ids: bool, shared: int | None = None
+) -> tuple[Tile, Tile]:
+    """(statistics, gradient) tiles that fit into the chip's shared memory and registers.
+
+    Args:
+        arch: compute capability, 90 for 9.0. Hopper, of other matrix instructions, has tiles of its own; those of all
+            other chips follow from their shared memory.
+        dtype: of the queues.
+        batch, dim: B and D of the features.
+        with_ids: positives by ids.
+        shared: bytes of shared memory that a program may have; None: what `SHARED_MEMORY` says of `arch`, and the least
+            for one that is not there.
+    """
     hopper, padded = arch == 90, pad(dim)
+    shared = SHARED_MEMORY.get(arch, SMALLEST) if shared is None else shared
     if dtype == torch.float32:
         precise = dict(block_k=max(16, min(32, padded // 2)), precision="tf32x3")
         if hopper and batch > 32 and not with_ids:
             return Tile(64, 64, **precise), Tile(64, 32, block_o=64, **precise)
         return Tile(32, 64, **precise), Tile(32, 64, block_o=64 if with_ids else 128, **precise)
-    if arch not in SHARED_MEMORY:  # chips with some 100 KB
-        return Tile(32, 32), Tile(32, 32)
+    if shared < SHARED_MEMORY[80]:
+        small = Tile(32, 16 if padded == MAX_DIM else 32)  # 32 columns of 512 features would be 100 KB
+        return small, small
     width = 32 if with_ids else 64  # comparing ids takes registers
     if padded == MAX_DIM:
         return Tile(32, width), Tile(32, 32, block_o=256 if with_ids else MAX_DIM)
@@ -157,10 +172,9 @@ def _known_plan(device, dtype, batch, length, dim, with_ids) -> Plan:
 def default_plan(device: torch.device, dtype: torch.dtype, batch: int, length: int, dim: int, with_ids: bool) -> Plan:
     """The plan without any tuning; on a CPU the interpreter's."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch, slots = major * 10 + minor, torch.cuda.get_device_properties(device).multi_processor_count
-        arch = 90 if arch > 90 and _shared_memory(device) >= SHARED_MEMORY[90] else arch
-        tiles = default_tiles(arch, dtype, batch, dim, with_ids)
+        chip = torch.cuda.get_device_properties(device)
+        slots = chip.multi_processor_count
+        tiles = default_tiles(chip.major * 10 + chip.minor, dtype, batch, dim, with_ids, shared_memory(device))
     else:
         # The interpreter's cost is by operation, not by element: few wide tiles.
         slots, rows = 8, min(128, pad(batch))
@@ -170,8 +184,11 @@ def default_plan(device: torch.device, dtype: torch.dtype, batch: int, length: i
     return Plan(statistics, gradient, choose_splits(groups, -(-length // max(t.block_n for t in tiles)), slots))
 
 
-def _shared_memory(device) -> int:
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on this GPU."""
+    chip = torch.cuda.get_device_properties(device)
+    found = getattr(chip, "shared_memory_per_block_optin", None)  # an older PyTorch does not say
+    return found or SHARED_MEMORY.get(chip.major * 10 + chip.minor, SMALLEST)
 
 
 def cache_file() -> Path:
@@ -204,5 +221,10 @@ def remember(key: str, found: Plan) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
+    reread()
+
+
+def reread() -> None:
+    """Lets the next call look into the cache file again."""
     tuned.cache_clear()
     _known_plan.cache_clear()

@@ -18,6 +18,7 @@ import triton
 from albef_ds.kernels import launch, queue_contrastive_loss
 from albef_ds.kernels.launch import Plan, Tile, choose_splits
 
+HEAD_START = 5_000_000  # cycles of the GPU, some two to four milliseconds: several times what queueing a call takes
 NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -36,14 +37,28 @@ def candidates(default: Plan, batch: int, length: int, dim: int, slots: int) -> 
     return list(dict.fromkeys(plans))[:32]
 
 
-def time_plan(call, repeats: int = 5) -> float:
-    """Median milliseconds of `call`, a fresh cache of the chip each time; infinite if it cannot be run."""
+def time_plan(call, repeats: int = 30) -> float:
+    """Median milliseconds of `call`, the chip's cache overwritten each time; infinite if it cannot be run.
+
+    The GPU is kept busy until the host has queued the call: else launching would be timed, the same for every plan.
+    """
     try:
         call()
-        quantiles = [triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median") for _ in range(repeats)]
-        return statistics.median(quantiles)
+        flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+        return statistics.median(_time_once(call, flush) for _ in range(repeats))
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError):
         return float("inf")
+
+
+def _time_once(call, flush) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda._sleep(HEAD_START)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def tune(batch, length, dim, dtype, with_ids=False, seconds=60.0, clock=time_plan, device="cuda") -> tuple[Plan, dict]:

@@ -34,6 +34,25 @@ def impl(request):
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_plans(tmp_path_factory):
+    """Each process of tests has a cache file of its own, at first none: no plan of the developer's or of another's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALBEF_DS_CACHE", str(tmp_path_factory.mktemp("plans")))
+        launch.reread()
+        yield
+    launch.reread()
+
+
+@pytest.fixture
+def cache_file(tmp_path, monkeypatch):
+    """The cache file of one test."""
+    monkeypatch.setenv("ALBEF_DS_CACHE", str(tmp_path))
+    launch.reread()
+    yield launch.cache_file()
+    launch.reread()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Same random numbers whatever ran before, and no plan left over from another test."""
