@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import time
@@ -28,7 +29,7 @@ from albef_ds.data.text_pipeline import TextPipeline
 from albef_ds.data.tokenizer import CaptionTokenizer, load_tokenizer, train_wordpiece
 
 _CAPTION = "a photograph of number {} on a table beside a window in the evening"
-_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ def make_data(folder: Path, images: int) -> Data:
 
 
 def _photographs() -> tuple[list[Image.Image], str]:
-    if importlib.util.find_spec("skimage"):
-        import skimage.data
-
-        found = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in _PHOTOGRAPHS]
-        return found, f"scikit-image: {', '.join(_PHOTOGRAPHS)}"
+    """Those that come with scikit-image, read from its folder: its own functions may want to download them."""
+    spec = importlib.util.find_spec("skimage")
+    folders = [Path(folder) / "data" for folder in (spec.submodule_search_locations if spec else None) or ()]
+    files = [folder / name for folder in folders for name in _PHOTOGRAPHS if (folder / name).is_file()]
+    if files:
+        names = ", ".join(file.stem for file in files)
+        return [Image.open(file).convert("RGB") for file in files], f"scikit-image: {names}"
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     return [Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)], "none (smooth noise)"
 
@@ -149,7 +152,23 @@ def webdataset_loader(data: Data, transform: TrainTransform, batch: int, workers
     )
 
 
-# -- DALI's readers ----------------------------------------------------------------------------------------------------
+# -- DALI's decoder and readers ----------------------------------------------------------------------------------------
+
+
+def decoded(data: Data, batch: int, size: int, workers: int, device: torch.device, hw_decoder_load: float) -> Iterator:
+    """Bytes in memory to crops on the CPU, to squares on a GPU: three batches on their way, as in training."""
+    from albef_ds.data.dali_pipeline import DaliDecoder
+
+    depth, rng, draw = 3, np.random.default_rng(0), TrainTransform(size).draw
+    images = [data.shards[i].image for i in range(min(len(data.shards), 4 * batch))]
+    crops = [draw(*Image.open(io.BytesIO(image)).size, rng).crop for image in images]
+    given = itertools.cycle(zip((np.frombuffer(image, np.uint8) for image in images), crops, strict=True))
+    decoder = DaliDecoder(batch, size, device, workers, depth, hw_decoder_load)
+    for number in itertools.count():
+        files, boxes = zip(*itertools.islice(given, batch), strict=True)
+        decoder.feed(files, boxes, [False] * batch)
+        if number >= depth - 1:
+            yield decoder.result()
 
 
 def handed_in(data: Data, batch: int, workers: int) -> Iterator:

@@ -98,28 +98,6 @@ def test_decoding_and_cropping_are_pillows_to_the_bit(options):
         assert np.array_equal(got.numpy(), expected)
 
 
-def test_gpu_side_resize_on_the_cpu_is_close_to_pillows():
-    """DALI's own bicubic, which a GPU uses: the filter is Pillow's."""
-    from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import pipeline_def
-    from PIL import Image
-
-    image = photo(200, 152, 3)
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def pipeline():
-        pixels = fn.external_source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC")
-        pixels = fn.resize(pixels, size=[64, 64], interp_type=types.INTERP_CUBIC, antialias=True)
-        return fn.flip(pixels, horizontal=1)
-
-    running = pipeline()
-    running.feed_input("pixels", [np.asarray(image)])
-    got = np.asarray(running.run()[0].at(0)).astype(int)
-    expected = image.resize((64, 64), Image.Resampling.BICUBIC).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    apart = np.abs(got - np.asarray(expected).astype(int))
-    assert apart.max() <= 3 and apart.mean() < 0.3
-
-
 @pytest.mark.parametrize("workers, prefetch", [(1, 1), (3, 4)])
 def test_threads_and_prefetch_change_nothing(shards, tokenizer, workers, prefetch):
     assert_same(take(dali(shards, tokenizer), 9), take(dali(shards, tokenizer, workers=workers, prefetch=prefetch), 9))
