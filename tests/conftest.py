@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 torch.set_num_threads(1)  # two ranks on two cores; and sums are then made in one order
+torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: cuDNN's convolutions take TF32 unless told otherwise
 
 
 def pytest_addoption(parser):

@@ -8,6 +8,7 @@ import queue
 import time
 import traceback
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
@@ -24,8 +25,10 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 240.0
         context.Process(target=_rank, args=(rank, world_size, port, function, args, results), daemon=True)
         for rank in range(world_size)
     ]
-    for process in processes:
-        process.start()
+    # They inherit it: a machine's GPU, which ranks cannot share under NCCL, is not seen from their first import on.
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}):
+        for process in processes:
+            process.start()
     found: dict[int, object] = {}
     deadline = time.monotonic() + timeout
     try:
@@ -56,8 +59,6 @@ def _rank(rank: int, world_size: int, port: int, function: Callable, args: tuple
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
         }
     )
     torch.set_num_threads(1)

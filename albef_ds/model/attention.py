@@ -304,7 +304,9 @@ def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> Sid
 def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
     """Kernels that take packed rows as they are: flash-attn's, torch's own copy of it, and torch's memory-efficient
     one, which knows fp32 and dropout too."""
-    bounds = (q_spans.cu_seqlens, k_spans.cu_seqlens, q_spans.max_length, k_spans.max_length)
+    # A bound may exceed all rows there are, which the memory-efficient kernel's backward pass refuses.
+    longest = (min(spans.max_length, spans.num_rows) for spans in (q_spans, k_spans))
+    bounds = (q_spans.cu_seqlens, k_spans.cu_seqlens, *longest)
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 

@@ -87,7 +87,8 @@ class FusionPlan:
             steps = torch.arange(1, count + 1, device=device) * text.max_length
             cu_seqlens = torch.cat([cu_seqlens, (cu_seqlens[-1] + steps).clamp(max=capacity)])
             texts = torch.nn.functional.pad(texts, (0, count))
-            cu_groups[-1] = capacity  # the last image gets the fillers' queries
+            # The last image gets the fillers' queries. Filled on the device; a single element would be copied there.
+            cu_groups[-1:] = capacity
 
         spans = Spans(cu_seqlens.int(), text.max_length, num_rows)
         start = text.cu_seqlens.long()[texts]

@@ -34,7 +34,7 @@ class Uploads(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
-            self.count += source.is_cpu and source.dim() > 0 and found.is_meta
+            self.count += source.is_cpu and found.is_meta
         return found
 
 
