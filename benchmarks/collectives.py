@@ -3,7 +3,8 @@
     python -m benchmarks.collectives [--world 8] [--preset tiny] [--deepspeed zero2_a100_80gb] [--stage 2]
 
 The ranks are made up: PyTorch's "fake" process group answers every collective at once with nothing. What the step asks
-for is counted, what comes back is not looked at, so losses mean nothing here.
+for is counted, what comes back is not looked at, so losses mean nothing here. It runs on the CPU wherever it is
+started, so that a machine with a GPU counts what one without counts.
 """
 
 from __future__ import annotations
@@ -11,26 +12,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-from albef_ds.config import BatchPlan, OptimizerConfig
-from albef_ds.tasks.pretraining import Pretraining
-from benchmarks import flops, measure, workload
-from benchmarks.counting import OperatorCount
-
+CONFIGURATIONS = Path(__file__).resolve().parent.parent / "ds_configs"
 MICRO = 8
+# Read when DeepSpeed is imported, and when PyTorch first looks for a GPU.
+CPU_ALONE = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def count(world: int, preset: str, deepspeed_json: dict) -> dict:
-    """Joins a made-up group of `world` ranks and counts the second step. Once a process: the group stays."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    """Joins a made-up group of `world` ranks and counts the second step. Once a process: the group stays.
 
+    Raises:
+        RuntimeError: DeepSpeed was imported before, and has chosen a GPU.
+    """
+    os.environ.update(CPU_ALONE)
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from albef_ds.config import BatchPlan, OptimizerConfig
+    from albef_ds.tasks.pretraining import Pretraining
     from albef_ds.training.engine import build_engine, clamp_temperature, engine_config
+    from benchmarks import fake_ranks, flops, workload
+    from benchmarks.counting import OperatorCount
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    accelerator = get_accelerator().device_name()
+    if accelerator != "cpu":
+        raise RuntimeError(
+            f"collectives are counted on the CPU, and DeepSpeed has chosen {accelerator} before: use a new process"
+        )
+    fake_ranks.join(0, world)
     plan = BatchPlan(global_batch=MICRO * world, micro_batch=MICRO, accumulation=1, world_size=world)
     config = workload.preset(preset)
     torch.manual_seed(0)
@@ -52,6 +63,7 @@ def count(world: int, preset: str, deepspeed_json: dict) -> dict:
         step()
     return {
         "world": world,
+        "accelerator": accelerator,
         "collectives": dict(sorted(counted.collectives.items())),
         "collectives a step": sum(counted.collectives.values()),
         "bytes a step": counted.collective_bytes,
@@ -68,11 +80,10 @@ def main(argv=None) -> int:
     parser.add_argument("--deepspeed", default="zero2_a100_80gb", help="name of a file in ds_configs")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="in place of the file's")
     args = parser.parse_args(argv)
-    given = json.loads((measure.ROOT / "ds_configs" / f"{args.deepspeed}.json").read_text())
+    given = json.loads((CONFIGURATIONS / f"{args.deepspeed}.json").read_text())
     given.pop("_comment", None)
     given["zero_optimization"]["stage"] = args.stage or given["zero_optimization"]["stage"]
-    if not torch.cuda.is_available():
-        given["zero_optimization"]["overlap_comm"] = False  # there is no second stream to overlap on
+    given["zero_optimization"]["overlap_comm"] = False  # the CPU has no second stream to overlap on
     print(json.dumps(count(args.world, args.preset, given)))
     return 0
 
