@@ -38,7 +38,8 @@ def demo(output: Path, ranks: int | None = None, overrides: Sequence[str] = ()) 
 def launch(recipe: str, settings: Sequence[str], ranks: int | None = None) -> int:
     """Trains a recipe under the deepspeed launcher, on the GPUs there are or on the CPU; returns its exit status."""
     ranks = ranks or torch.cuda.device_count() or CPU_RANKS
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    # The launcher itself, not its script: that lies elsewhere where packages are installed into a folder of their own.
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     deepspeed += ["--master_port", str(free_port())]
     command = [*deepspeed, "--module", "albef_ds.train", recipe, f"train.deepspeed={machine()}", *settings]
     return subprocess.run(command, env=environment(ranks)).returncode

@@ -18,7 +18,7 @@ from benchmarks.reference import PaddedBatch, ReferenceALBEF
 
 ALPHA = 0.4
 OPTIMIZER = OptimizerConfig()
-NAMES = ("ours fp32", "ours bf16", "reference", "modernised")
+NAMES = ("ours fp32", "ours bf16", "ours bf16 apex", "reference", "modernised")
 PHASES = ("teacher", "forward", "backward", "optimiser", "queue")
 
 
@@ -98,9 +98,10 @@ def build(
 
 def _ours(name: str, config: ModelConfig, device: torch.device, weights_of: Contender | None) -> Contender:
     task = weights_of.model if weights_of else Pretraining(config).to(device).train()
-    optimizer = weights_of.optimizer if weights_of else build_optimizer(task, OPTIMIZER)
+    kernel = "apex" if name.endswith("apex") else OPTIMIZER.fused
+    optimizer = weights_of.optimizer if weights_of else build_optimizer(task, OPTIMIZER, kernel)
     given: dict[str, PretrainingBatch] = {}
-    half = name.endswith("bf16")
+    half = "bf16" in name
 
     def step(clock) -> dict:
         with arithmetic(device, half, tf32=False):
@@ -154,6 +155,8 @@ def _reference(name: str, config: ModelConfig, device: torch.device) -> Contende
         return losses
 
     def set_batch(batch: PretrainingBatch) -> None:
+        if len(batch) < 2:  # on a GPU its draw would end CUDA for all that come after it
+            raise ValueError("the reference draws negatives from its own batch, which needs at least 2 samples")
         given.update(batch=PaddedBatch.from_packed(batch).to(device))
 
     return Contender(name, model, optimizer, step, set_batch)

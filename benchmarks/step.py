@@ -5,26 +5,28 @@
 
 A step is forward, backward, optimiser, teacher and queue, without loading data. Contenders run A B B A in one process;
 ratios are medians of pairs with a 95 % bootstrap interval. Captions are drawn from the histogram, and all full. "mfu"
-is the FLOPs that the contender executes (counted) over the device's peak. What the time or the device does not allow
-is "not measured". `--out` also writes the result into a folder, and `--profile` a trace and a table of the dearest
+is the FLOPs that the contender executes (counted in one more of its steps, compiled regions run as they are written)
+over the device's peak. What the time or the device does not allow is "not measured". `--out` also writes the result
+into a folder, each row into step.jsonl as soon as it is there; `--profile` adds a trace and a table of the dearest
 operations.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from albef_ds.data.files import write_atomically
+from albef_ds.training.flops import FlopCount
 from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
-from benchmarks import contenders, flops, measure, memory, workload
+from benchmarks import batch_sizes, contenders, measure, memory, workload
 
 # What is compared in one process: on a CPU no more than fits into memory beside each other.
 GROUPS = {
@@ -33,25 +35,29 @@ GROUPS = {
 }
 BATCH = {"cpu": 4, "cuda": 64}
 NOT_ON_A_CPU = ["a GPU", "the largest batch that fits", "torch.compile of the modernised rival"]
+BEST_COLUMNS = ["contender", "largest batch", "quickest batch", "samples/s there", "ended by"]
 
 
-def compare(names, config, device, batch, captions: str, seconds: float, least: int, warmup: int) -> list[dict]:
-    """One row per contender: step times, samples/s, phases, ratios to each rival in the group. A contender that fails
-    has a row that says so."""
+def compare(names, config, device, batch, captions: str, deadline: float, args) -> Iterator[dict]:
+    """A row a contender, as soon as it is there: step times, samples/s, phases, FLOPs, ratios to each rival in the
+    group. A contender that fails has a row that says so. Building and compiling come off the time that is left until
+    the deadline."""
+    warmup = 3 if device.type == "cuda" else args.warmup
     data = workload.captions_batch(config, captions, batch)
-    built, rows = {}, []
+    built = {}
     for name in names:
         try:
-            ours = name.startswith("ours")
-            shared = next((c for other, c in built.items() if ours and other.startswith("ours")), None)
+            plain = name in ("ours fp32", "ours bf16")
+            shared = next((c for other, c in built.items() if plain and other in ("ours fp32", "ours bf16")), None)
             built[name] = contenders.build(name, config, device, data, shared)
             built[name]()
         except Exception as error:  # a rival's failure is a result, not the end of the benchmark
             built.pop(name, None)
-            rows.append({"contender": name, "captions": captions, "error": f"{type(error).__name__}: {error}"[:300]})
+            yield {"contender": name, "captions": captions, "error": f"{type(error).__name__}: {error}"[:300]}
     used: dict[str, list[float]] = {name: [] for name in built}
     calls = {name: with_cpu_time(contender, used[name]) for name, contender in built.items()}
-    samples = measure.interleaved(calls, device, seconds, least=least, warmup=warmup) if built else {}
+    seconds = min(args.seconds, max(0.0, deadline - time.monotonic()))
+    samples = measure.interleaved(calls, device, seconds, least=args.least, warmup=warmup) if built else {}
     for name, times in samples.items():
         row = {"contender": name, "captions": captions, "batch": batch, **measure.summary(times)}
         row["samples/s"] = 1e3 * batch / row["median"]
@@ -63,8 +69,7 @@ def compare(names, config, device, batch, captions: str, seconds: float, least: 
             if device.type == "cpu":  # what a busy neighbour takes away is not in it
                 row["cpu time of"] = {r: measure.ratio(used[name][warmup:], used[r][warmup:]) for r in rivals}
         row["cpu ms"] = statistics.median(used[name][warmup:])
-        rows.append(row)
-    return rows
+        yield row | rates(built[name], device, batch, row["samples/s"])
 
 
 def with_cpu_time(step: Callable[[], object], used: list[float]):
@@ -78,43 +83,16 @@ def with_cpu_time(step: Callable[[], object], used: list[float]):
     return call
 
 
-def add_rates(rows: list[dict], config, device, batch: int) -> None:
-    """FLOP/s and MFU from counted FLOPs."""
-    peak = peak_flops_of(device)
-    for captions in {row["captions"] for row in rows}:
-        counted = flops.per_sample(config, workload.lengths_of(captions, batch))
-        for row in rows:
-            if row["captions"] == captions and "median" in row:
-                kind = "ours" if row["contender"].startswith("ours") else "reference"
-                row["FLOP a sample"] = counted[kind]
-                row["FLOP/s"] = counted[kind] * row["samples/s"]
-                row["mfu"] = row["FLOP/s"] / peak if peak else None
-
-
-def largest_batch(name: str, config, device, captions: str, limit: int = 1024) -> dict:
-    """Doubles the batch until memory ends (GPU only): samples/s at each size and the largest that fits."""
-    sizes, batch = {}, 8
-    while batch <= limit:
-        contender = None
-        try:
-            contender = contenders.build(name, config, device, workload.captions_batch(config, captions, batch))
-            times = measure.interleaved({name: contender}, device, seconds=1.0, least=3, warmup=2)[name]
-            sizes[batch] = 1e3 * batch / statistics.median(times)
-        except torch.OutOfMemoryError:
-            break
-        finally:
-            del contender
-            release(device)
-        batch *= 2
-    best = max(sizes, key=sizes.get, default=None)
-    return {"samples/s": sizes, "largest batch": max(sizes, default=None), "best batch": best}
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def rates(contender: contenders.Contender, device: torch.device, batch: int, samples_per_s: float) -> dict:
+    """FLOP/s and MFU, from the FLOPs of one more step on the same batch."""
+    try:
+        with torch.compiler.set_stance("force_eager"), FlopCount() as counted:
+            contender()
+    except torch.OutOfMemoryError:  # a compiled rival keeps less than it does uncompiled
+        return {"FLOP a sample": None, "FLOP/s": None, "mfu": None}
+    a_sample, peak = counted.total / batch, peak_flops_of(device)
+    rate = a_sample * samples_per_s
+    return {"FLOP a sample": a_sample, "FLOP/s": rate, "mfu": rate / peak if peak else None}
 
 
 def profile(name: str, config, device, batch: int, captions: str, out: Path) -> str:
@@ -136,41 +114,59 @@ def profile(name: str, config, device, batch: int, captions: str, out: Path) -> 
 
 
 def report(args, say) -> dict:
-    """All that the command line asks for and the time allows."""
+    """All that the command line asks for and the time allows; with --out, written as far as it has come after each
+    comparison."""
     device, config = measure.pick_device(args.device), workload.preset(args.preset, args.dropout)
     batch = args.batch or BATCH[device.type]
     groups = [tuple(args.contenders)] if args.contenders else GROUPS[device.type]
-    deadline, rows, missing = time.monotonic() + 60 * args.minutes, [], []
-    todo = [(group, captions) for group in groups for captions in args.captions]
+    names = list(dict.fromkeys(name for group in groups for name in group))
+    kept = measure.Rows(args.out and args.out / "step.jsonl")
+    result = {"environment": measure.environment(device), "preset": args.preset, "dropout": args.dropout, "steps": []}
+    result["peak"] = {"FLOP/s": peak_flops_of(device), "source": peak_flops_source(device)}
+    result["not measured"] = [] if device.type == "cuda" else list(NOT_ON_A_CPU)
+    kept.add(result | {"what": "head"})
+    if args.profile:
+        say(profile(names[0], config, device, batch, args.captions[0], args.out or Path("runs/step_profile")))
+    deadline = time.monotonic() + 60 * args.minutes
+    todo = [] if args.only_sizes else [(group, captions) for group in groups for captions in args.captions]
     for done, (group, captions) in enumerate(todo):
         left = deadline - time.monotonic()
         if left <= 0:
-            missing += [f"{name}, captions {captions}: no time left" for name in group]
+            result["not measured"] += [f"{name}, captions {captions}: no time left" for name in group]
             continue
-        warmup = 3 if device.type == "cuda" else args.warmup
-        seconds = min(args.seconds, left / (len(todo) - done))
-        found = compare(group, config, device, batch, captions, seconds, args.least, warmup)
-        release(device)
-        rows += found
-        for row in found:
+        for row in compare(
+            group, config, device, batch, captions, deadline - left * (1 - 1 / (len(todo) - done)), args
+        ):
+            result["steps"].append(row)
+            kept.add({"what": "step", **row})
             say(f"{captions}: {row['contender']}: " + (row.get("error") or f"{row['median']:.4g} ms a step"))
-    add_rates(rows, config, device, batch)
-    result = {"environment": measure.environment(device), "preset": args.preset, "dropout": args.dropout, "steps": rows}
-    result["peak"] = {"FLOP/s": peak_flops_of(device), "source": peak_flops_source(device)}
+        batch_sizes.release(device)
+        write(result, args.out)
     if args.memory:
         case = (args.preset, batch, args.captions[0], device, args.dropout)
-        names = dict.fromkeys(name for group in groups for name in group)
-        result["memory"] = {name: memory.measure_apart(name, *case) for name in names}
-    if device.type == "cuda" and args.sizes:
-        names = dict.fromkeys(name for group in groups for name in group)
-        result["batch sizes"] = {name: largest_batch(name, config, device, args.captions[0]) for name in names}
-    if args.profile:
-        name = groups[0][0]
-        say(profile(name, config, device, batch, args.captions[0], args.out or Path("runs/step_profile")))
-    return {
-        **result,
-        "not measured": missing + ([] if device.type == "cuda" else NOT_ON_A_CPU),
-    }
+        result["memory"] = {}
+        for name in names:
+            result["memory"][name] = memory.measure_apart(name, *case)
+            kept.add({"what": "memory", "contender": name, **result["memory"][name]})
+        write(result, args.out)
+    if args.sizes or args.only_sizes:
+
+        def keep(row: dict) -> None:
+            kept.add({"what": "batch size", **row})
+            say(
+                f"batch {row['batch']}: {row['contender']}: "
+                + (row.get("error") or f"{row['samples/s']:.4g} samples/s")
+            )
+
+        result["batch sizes"] = batch_sizes.sweep(names, config, device, args.captions[0], args.sizes_minutes, keep)
+    return result
+
+
+def write(result: dict, out: Path | None) -> None:
+    """step.json and step.md as far as they have come."""
+    if out is not None:
+        write_atomically(out / "step.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(out / "step.md", render(result) + "\n")
 
 
 def render(result: dict) -> str:
@@ -187,6 +183,8 @@ def render(result: dict) -> str:
         {"contender": r["contender"], "captions": r["captions"], **r["phases ms"]} for r in rows if "phases ms" in r
     ]
     parts = [measure.table(rows, columns), measure.table(phases, ["contender", "captions", *contenders.PHASES])]
+    if result.get("batch sizes"):
+        parts.append(measure.table(batch_sizes.best(result["batch sizes"]), BEST_COLUMNS))
     if "memory" in result:
         held = [{"contender": name, **found} for name, found in result["memory"].items()]
         parts.append(measure.table(held, ["contender", "peak bytes", "state bytes", "above state bytes"]))
@@ -209,15 +207,14 @@ def main(argv=None) -> int:
     parser.add_argument("--least", type=int, default=3, help="rounds of a comparison at least")
     parser.add_argument("--warmup", type=int, default=1, help="uncounted steps of each on a CPU, after a first one")
     parser.add_argument("--memory", action="store_true", help="also peak memory, each in a process of its own")
-    parser.add_argument("--sizes", action="store_true", help="also samples/s over batch sizes (GPU)")
+    parser.add_argument("--sizes", action="store_true", help="also samples/s over batch sizes, until memory ends")
+    parser.add_argument("--only-sizes", action="store_true", help="these alone")
+    parser.add_argument("--sizes-minutes", type=float, default=4.0, help="for all batch sizes")
     parser.add_argument("--profile", action="store_true", help="trace the first contender")
-    parser.add_argument("--out", type=Path, help="folder for step.json, step.md and the profile")
+    parser.add_argument("--out", type=Path, help="folder for step.jsonl, step.json, step.md and the profile")
     args = parser.parse_args(argv)
     result = report(args, lambda text: print(text, file=sys.stderr, flush=True))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-        (args.out / "step.md").write_text(render(result) + "\n")
+    write(result, args.out)
     print(json.dumps(result, indent=1) if args.json else render(result))
     return 1 if any("error" in row for row in result["steps"]) else 0
 

@@ -1,111 +1,185 @@
-"""All that is to be known of a machine, in one command and a limited time.
+"""All that is to be known of a machine, in parts of ten minutes; safe to stop anywhere.
 
-    python -m benchmarks.suite --out DIR [--minutes 9] [--device cpu]
+    python -m benchmarks.suite --out DIR [--part 1 2 3 4 5] [--minutes 50] [--device cpu] [--wheels FOLDER]
 
-Runs the tests that need a GPU and every benchmark there is, most valuable first, each in a process of its own with a
-time limit. What fails, does not fit or is not there yet is named, and the rest goes on. DIR receives `suite.json`,
-`suite.md` and one folder per lane with its output. On a CPU the lanes that mean something on a CPU are run. The exit
-status is 1 if a lane failed or ran out of its time.
+A part is a list of lanes (benchmarks/lanes.py), most valuable first, each a process of its own with a time limit: 1
+does it run; 2 how fast; 3 a real run; 4 where the time goes; 5 decoding. What fails, does not fit or is not there is
+named, and the rest goes on. DIR receives one folder a lane, in which its rows stand as soon as they are measured, and
+`suite.json` and `suite.md`, written again after every lane; a later call with other parts adds to them. On a machine
+without a package registry --wheels names a folder of what is missing there. On a CPU the lanes that mean something on
+a CPU are run, on smaller models. The exit status is 1 if a lane failed, was stopped or ran out of time, 2 if nothing
+can start.
 """
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import measure
+from albef_ds import optional
+from albef_ds.data.files import write_atomically
+from benchmarks import measure, wheels
+from benchmarks.lanes import PARTS, Lane, lanes
+
+FAILED = ("failed", "timed out", "stopped")
+LEAST = 10  # seconds that a lane is worth starting for
+GRACE = 3  # seconds between asking a lane to end and ending it
+SHOWN = 20_000  # characters of a lane's output that the report holds
 
 
-@dataclass(frozen=True)
-class Lane:
-    """One process: `command` after the Python interpreter, "{out}" being its folder; `minutes` it may take at most.
+def run_lane(lane: Lane, folder: Path, seconds: float, variables: dict[str, str]) -> dict:
+    """Runs one lane for at most `seconds`.
 
-    `module` must exist for the lane to be there. `on` names the kinds of device it is for.
+    Returns:
+        {"status": passed, failed, timed out, stopped, no baseline or not installed; "seconds", "rows", "output", ...}
     """
-
-    name: str
-    command: tuple[str, ...]
-    minutes: float
-    module: str
-    on: tuple[str, ...] = ("cuda", "cpu")
-
-
-def lanes(kind: str) -> list[Lane]:
-    """In order of worth on this kind of device."""
-    core = ("--out", "{out}", "--batches", "64", "512", "--lengths", "65536", "--seconds", "0.5")
-    found = [
-        Lane("kernel tests", ("-m", "pytest", "tests/kernels", "-q"), 5, "tests.kernels", ("cuda",)),
-        Lane("kernels, core", ("-m", "benchmarks.kernels", *core), 2, "benchmarks.kernels", ("cuda",)),
-        Lane("step", ("-m", "benchmarks.step", "--json"), 4, "benchmarks.step"),
-        Lane("flops", ("-m", "benchmarks.flops", "--json"), 2, "benchmarks.flops"),
-        Lane("loader", ("-m", "benchmarks.loader", "--json"), 2, "benchmarks.loader"),
-        Lane("regress", ("-m", "benchmarks.regress"), 2, "benchmarks.regress"),
-        Lane("compile report", ("-m", "benchmarks.compile_report", "--quick"), 3, "benchmarks.compile_report"),
-        Lane("kernels", ("-m", "benchmarks.kernels", "--out", "{out}", "--seconds", "0.3"), 6, "benchmarks.kernels"),
-    ]
-    return [lane for lane in found if kind in lane.on]
-
-
-def run_lane(lane: Lane, folder: Path, seconds: float) -> dict:
-    """Runs one lane for at most `seconds`; {"status": passed, failed, timed out or not there yet, ...}."""
-    row = dict(lane=lane.name, status="not there yet", seconds=0.0, output="", json=None)
-    if importlib.util.find_spec(lane.module) is None:
-        return row
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *(part.replace("{out}", str(folder)) for part in lane.command)]
+    row = {"lane": lane.name, "part": lane.part, "status": "not installed", "seconds": 0.0, "output": "", "rows": []}
+    if lane.needs and not (found := optional.find(lane.needs)).available:
+        return row | {"error": found.reason}
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier call's
+    folder.mkdir(parents=True)
+    command = [part.replace("{out}", str(folder)) for part in on_processes(lane.command, variables)]
     row["command"] = " ".join(["python", *lane.command]).replace("{out}", folder.name)
     start = time.monotonic()
     with open(folder / "stdout.txt", "w+") as out, open(folder / "stderr.txt", "w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True, cwd=measure.ROOT)
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=out, stderr=err, start_new_session=True, cwd=measure.ROOT, env=variables
+        )
         try:
-            row["status"] = "passed" if process.wait(timeout=seconds) == 0 else "failed"
+            code = process.wait(timeout=seconds)
+            row["status"] = {0: "passed", lane.no_baseline: "no baseline"}.get(code, "failed")
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the lane and what it started, nothing else
-            process.wait()
             row["status"] = "timed out"
+        except (KeyboardInterrupt, Stopped):
+            row["status"] = "stopped"
+        finally:
+            end(process)
     row["seconds"] = round(time.monotonic() - start, 1)
-    row["output"] = (folder / "stdout.txt").read_text(errors="replace")[-20_000:]
+    row["output"] = (folder / "stdout.txt").read_text(errors="replace")[-SHOWN:]
     if row["status"] != "passed":
         row["error"] = (folder / "stderr.txt").read_text(errors="replace")[-3_000:]
-    row["json"] = _json(folder, row["output"])
+    row["rows"] = rows_of(folder)
     return row
 
 
-def _json(folder: Path, output: str):
-    for text in [*(path.read_text() for path in sorted(folder.glob("*.json"))), output]:
+def on_processes(command: tuple[str, ...], variables: dict[str, str]) -> list[str]:
+    """The command, its tests in one process where pytest-xdist is not there to divide them."""
+    if "-n" not in command or not wheels.not_importable(("xdist",), variables):
+        return list(command)
+    at = command.index("-n")
+    return [*command[:at], *command[at + 2 :]]
+
+
+def end(process: subprocess.Popen) -> None:
+    """The lane and all that it started, and nothing else; it may write its last words first."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
-            return json.loads(text)
+            os.killpg(process.pid, sign)
+            process.wait(timeout=GRACE)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """What a lane has measured so far: the rows that it wrote one by one, or its results as a whole."""
+    if lines := sorted(folder.glob("*.jsonl")):
+        return [row for path in lines for row in measure.read_rows(path)]
+    found = []
+    for text in [*(path.read_text() for path in sorted(folder.glob("*.json"))), (folder / "stdout.txt").read_text()]:
+        try:
+            whole = json.loads(text)
         except ValueError:
             continue
-    return None
+        found += whole if isinstance(whole, list) else [whole]
+    return found
 
 
-def run(chosen: list[Lane], out: Path, minutes: float, say=print) -> list[dict]:
+def folder_of(lane: Lane) -> str:
+    """A folder's name that sorts by part."""
+    return f"{lane.part}-{re.sub(r'[^a-z0-9]+', '-', lane.name.lower()).strip('-')}"
+
+
+class Stopped(BaseException):
+    """Somebody asks the suite to end (SIGTERM); the lane that runs is ended first."""
+
+
+class Report:
+    """suite.json and suite.md, whole after every lane; rows of earlier calls into the same folder stay."""
+
+    def __init__(self, out: Path, environment: dict):
+        self.out, self.environment = out, environment
+        out.mkdir(parents=True, exist_ok=True)
+        self.rows = []
+        if (out / "suite.json").is_file():
+            earlier = json.loads((out / "suite.json").read_text())
+            if earlier["environment"]["device"] == environment["device"]:
+                self.rows = earlier["lanes"]
+
+    def adopt(self, known: list[Lane]) -> None:
+        """Lanes that an earlier call had begun when it was killed: what they had written by then."""
+        told = {(row["part"], row["lane"]) for row in self.rows}
+        for lane in known:
+            folder = self.out / folder_of(lane)
+            if (lane.part, lane.name) not in told and (folder / "stdout.txt").is_file():
+                output = (folder / "stdout.txt").read_text(errors="replace")[-SHOWN:]
+                head = {"lane": lane.name, "part": lane.part, "status": "stopped", "seconds": None}
+                self.add(head | {"output": output, "rows": rows_of(folder)})
+
+    def add(self, row: dict) -> None:
+        """In place of the same lane's row of an earlier call."""
+        row["commit"] = self.environment["commit"]
+        self.rows = [other for other in self.rows if (other["part"], other["lane"]) != (row["part"], row["lane"])]
+        self.rows = sorted([*self.rows, row], key=lambda row: row["part"])  # within a part as they were run
+        whole = {"environment": self.environment, "lanes": self.rows}
+        write_atomically(self.out / "suite.json", json.dumps(whole, indent=1) + "\n")
+        write_atomically(self.out / "suite.md", markdown(self.environment, self.rows))
+
+
+def run(chosen: list[Lane], report: Report, minutes: float, variables: dict[str, str], say=print) -> list[dict]:
     """Runs the lanes in order until the time is up; those left get a row that says so."""
     deadline, rows = time.monotonic() + 60 * minutes, []
     for lane in chosen:
         left = deadline - time.monotonic()
-        if left < 10:
-            rows.append(dict(lane=lane.name, status="no time left", seconds=0.0, output="", json=None))
+        if left < LEAST:
+            row = {
+                "lane": lane.name,
+                "part": lane.part,
+                "status": "no time left",
+                "seconds": 0.0,
+                "output": "",
+                "rows": [],
+            }
         else:
-            rows.append(
-                run_lane(lane, out / lane.name.replace(" ", "-").replace(",", ""), min(left, 60 * lane.minutes))
-            )
-        say(f"{lane.name}: {rows[-1]['status']} ({rows[-1]['seconds']} s)")
+            row = run_lane(lane, report.out / folder_of(lane), min(left, lane.seconds), variables)
+        rows.append(row)
+        report.add(row)
+        say(f"{lane.part}: {lane.name}: {row['status']} ({row['seconds']} s)", flush=True)
+        if row["status"] == "stopped":
+            break
     return rows
+
+
+def stop(*_) -> None:
+    raise Stopped
 
 
 def markdown(environment: dict, rows: list[dict]) -> str:
     """The report: machine, one line a lane, then what each printed."""
     lines = [f"# Suite on {environment['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items()]
-    lines += ["", measure.table(rows, ["lane", "status", "seconds", "command"])]
+    shown = [{**row, "rows": len(row["rows"])} for row in rows]
+    lines += ["", measure.table(shown, ["part", "lane", "status", "seconds", "rows", "command"])]
     for row in rows:
         lines += ["", f"## {row['lane']}: {row['status']}", ""]
         text = row["output"].strip() or "No output."
@@ -118,18 +192,30 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--part", type=int, nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--minutes", type=float, help="for all lanes; default: ten a part")
     parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels, on a machine without a package registry")
     args = parser.parse_args(argv)
-    device = measure.pick_device(args.device)
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    environment = measure.environment(device)
-    rows = run(lanes(device.type), out, args.minutes)
-    (out / "suite.json").write_text(json.dumps(dict(environment=environment, lanes=rows), indent=1) + "\n")
-    (out / "suite.md").write_text(markdown(environment, rows))
+    try:
+        device = measure.pick_device(args.device)
+        variables = wheels.environment(args.wheels, out / "site-packages")
+    except (wheels.WheelsError, RuntimeError) as error:
+        print(f"the suite cannot start: {error}", file=sys.stderr)
+        return 2
+    if device.type == "cpu":
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    report = Report(out, measure.environment(device))
+    report.adopt(lanes(device.type))
+    minutes = args.minutes if args.minutes is not None else 10 * len(args.part)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        rows = run(lanes(device.type, tuple(args.part)), report, minutes, variables)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"written to {args.out}/suite.md and suite.json")
-    return 1 if any(row["status"] in ("failed", "timed out") for row in rows) else 0
+    return 1 if any(row["status"] in FAILED for row in rows) else 0
 
 
 if __name__ == "__main__":
