@@ -1,6 +1,6 @@
 """Training steps of ours with compiled regions and without, in turns, over batches of differing lengths.
 
-    python -m benchmarks.compile [--json] [--device cpu|cuda] [--sizes demo base] [--batch N] [--seconds 60]
+    python -m benchmarks.compile [--json] [--device cpu|cuda] [--sizes demo base] [--batch N] [--seconds 60] [--out DIR]
 
 "ratio" is compiled over eager time, the median of pairs (A B B A) with its 95 % bootstrap interval: below 1 pays.
 "cpu time" is the same of processor time, which a busy neighbour takes less away from.
@@ -17,6 +17,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -118,13 +119,15 @@ def main(argv=None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for one size, compiling not counted")
     parser.add_argument("--least", type=int, default=6, help="rounds of a size at least")
     parser.add_argument("--lengths", type=int, default=6, help="batches of differing lengths")
+    parser.add_argument("--out", type=Path, help="folder that keeps each size as soon as it is measured")
     args = parser.parse_args(argv)
     device = measure.pick_device(args.device)
-    rows = []
+    kept = measure.Rows(args.out and args.out / "compile.jsonl")
     for size in args.sizes:
         batch = args.batch or (BATCH[size] if device.type == "cpu" else 64)
-        rows.append(compare(size, device, batch, args.seconds, args.least, args.lengths))
+        kept.add(compare(size, device, batch, args.seconds, args.least, args.lengths))
         gc.collect()
+    rows = kept.rows
     shown = [{**row, "cpu time": "{median:.3f} ({low:.3f} to {high:.3f})".format(**row["cpu time"])} for row in rows]
     result = {"environment": measure.environment(device), "steps": rows, "not measured": ["CUDA graphs"]}
     print(json.dumps(result, indent=1) if args.json else measure.table(shown, COLUMNS))

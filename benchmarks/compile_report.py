@@ -133,9 +133,9 @@ def problems(row: dict, arch: int, uses_tensor_cores: bool) -> list[str]:
     return found
 
 
-def report(archs, quick: bool = False) -> tuple[list[dict], list[str]]:
-    """(one row per kernel, configuration and chip; all that is wrong)."""
-    rows, wrong = [], []
+def report(archs, quick: bool = False, out: Path | None = None) -> tuple[list[dict], list[str]]:
+    """(one row per kernel, configuration and chip; all that is wrong). `out`: folder that keeps each row at once."""
+    kept, wrong = measure.Rows(out and out / "compile_report.jsonl"), []
     for arch in archs:
         for head, kernel, types, constants, options, matrix in (*contrastive_cases(arch, quick), *sampler_cases()):
             types = {name: types.get(name) or ("i32" if name in INTEGERS else "*fp32") for name in kernel.arg_names}
@@ -144,10 +144,10 @@ def report(archs, quick: bool = False) -> tuple[list[dict], list[str]]:
             name = kernel.fn.__name__.strip("_")
             row = dict(kernel=name, arch=f"sm_{arch}", **head, **measured)
             row["shared KB"] = round(row["shared bytes"] / 1024, 1)
-            rows.append(row)
+            kept.add(row)
             where = f"{name} sm_{arch} {head['dtype']} D={head['D']} B={head['B']} ids={head['ids']}"
             wrong += [f"{where}: {problem}" for problem in problems(row, arch, matrix)]
-    return rows, wrong
+    return kept.rows, wrong
 
 
 def main(argv=None) -> int:
@@ -157,11 +157,12 @@ def main(argv=None) -> int:
     quick = "ALBEF's own D = 256 in bf16 and fp32 alone; on chips of 99 KB of shared memory the widest features alone"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--out", type=Path, help="folder that keeps each row as soon as its kernel is compiled")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)
         return 2
-    rows, wrong = report(args.arch or ((80, 86, 90) if args.quick else (80, 86, 89, 90)), args.quick)
+    rows, wrong = report(args.arch or ((80, 86, 90) if args.quick else (80, 86, 89, 90)), args.quick, args.out)
     if args.json:
         print(json.dumps(dict(rows=rows, problems=wrong), indent=1))
     else:

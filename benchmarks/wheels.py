@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"albef_ds.kernels": "kernels"}  # as setup.py's package_dir has it
-NEEDED = ("pydantic", "deepspeed", "transformers", "timm", "tokenizers", "safetensors", "yaml", "PIL", "pytest")
+NEEDED = ("albef_ds.train", "timm", "transformers", "tensorboard", "matplotlib", "pytest", "hypothesis", "scipy")
 STARTED_BY_PYTHON = '''"""Shows Python the folders of a checkout that an installation would map."""
 
 import importlib.util
@@ -62,8 +62,8 @@ def environment(wheels: Path | None, site: Path) -> dict[str, str]:
         variables["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if missing := not_importable(NEEDED, variables):
         raise WheelsError(
-            f"this Python ({sys.executable}) lacks {', '.join(missing)}: install the project (make install), or where "
-            "there is no registry put wheels for it into a folder and give it as --wheels"
+            f"this Python ({sys.executable}) cannot import {'; '.join(missing)}. Install the project (make install), "
+            "or where there is no registry put wheels for what is missing into a folder and give it as --wheels"
         )
     return variables
 
@@ -82,7 +82,13 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def not_importable(modules: tuple[str, ...], variables: dict[str, str]) -> list[str]:
-    """Those that a process with these variables would not find."""
-    code = "import importlib.util as u, sys; print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])"
+    """Those that a process with these variables cannot import, each with the reason: what is there may lack another."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: importlib.import_module(name)\n"
+        "    except Exception as error: print(f'MISSING {name} ({error})')\n"
+    )
     command = [sys.executable, "-c", code, *modules]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, cwd=ROOT)
+    return [line.removeprefix("MISSING ") for line in done.stdout.splitlines() if line.startswith("MISSING ")]

@@ -61,10 +61,13 @@ def _time_once(call, flush) -> float:
     return begin.elapsed_time(end)
 
 
-def tune(batch, length, dim, dtype, with_ids=False, seconds=60.0, clock=time_plan, device="cuda") -> tuple[Plan, dict]:
-    """(fastest plan, {plan: milliseconds}) for forward and gradient at one shape; writes it into the cache file.
+def tune(
+    batch, length, dim, dtype, with_ids=False, seconds=60.0, clock=time_plan, device="cuda", say=lambda plan, time: None
+) -> tuple[Plan, dict]:
+    """(fastest plan, {plan: milliseconds}) for forward and gradient at one shape.
 
-    `clock` maps a call to its milliseconds. Stops at `seconds`; the default plan is always timed first.
+    `clock` maps a call to its milliseconds, `say` is told of each. Stops at `seconds`; the default plan is always timed
+    first. The fastest so far is in the cache file at any time: whatever stops the tuning, it stays.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -89,11 +92,12 @@ def tune(batch, length, dim, dtype, with_ids=False, seconds=60.0, clock=time_pla
                 break
             launch.force(key, plan)
             results[plan] = clock(lambda: queue_contrastive_loss(*tensors, temperature, 0.4, *ids, impl="triton"))
+            say(plan, results[plan])
+            if plan == min(results, key=results.get):
+                launch.remember(launch.tuning_key(name, *key), plan)
     finally:
         launch.force()
-    best = min(results, key=results.get)
-    launch.remember(launch.tuning_key(name, *key), best)
-    return best, results
+    return min(results, key=results.get), results
 
 
 def main(argv=None) -> int:
@@ -109,9 +113,9 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here, and nothing to tune: the defaults in launch.py stand.")
         return 1
-    best, results = tune(args.batch, args.length, args.dim, NAMES[args.dtype], args.ids, args.seconds)
-    for plan, milliseconds in sorted(results.items(), key=lambda item: item[1]):
-        print(f"{milliseconds:9.4f} ms  {plan}{'  <- kept' if plan == best else ''}")
+    shape = (args.batch, args.length, args.dim, NAMES[args.dtype], args.ids, args.seconds)
+    best, results = tune(*shape, say=lambda plan, time: print(f"{time:9.4f} ms  {plan}", flush=True))
+    print(f"{results[best]:9.4f} ms  {best}  <- kept, of {len(results)}")
     print(f"written to {launch.cache_file()}")
     return 0
 

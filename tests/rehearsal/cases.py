@@ -21,6 +21,7 @@ from albef_ds.data.batch import LabelledBatch, Movable, PackedText, PairBatch, Q
 from albef_ds.tasks.registry import task_class
 from albef_ds.tasks.task import Task
 from albef_ds.training.compile import compile_regions
+from albef_ds.training.flops import FlopCount
 from albef_ds.training.optimizer import build_optimizer
 from benchmarks import fake_gpu, workload
 from tests.rehearsal.strict import Strict
@@ -104,8 +105,11 @@ CASES = (
 )
 
 
-def rehearse(case: Case) -> None:
+def rehearse(case: Case) -> int | None:
     """Two optimiser steps; raises what a GPU would raise, or make wait for.
+
+    Returns:
+        Their FLOPs, as a run counts them; None where the regions are compiled.
 
     Raises:
         AssertionError: a loss or a gradient is missing or not what it should be, or another kernel computed attention.
@@ -122,10 +126,11 @@ def rehearse(case: Case) -> None:
         second = partial(second, measuring=True)
         if case.compiled:
             return capture(task, first, second)
-        with Strict() as strict:
+        with Strict() as strict, FlopCount() as flops:
             first()
             second()
     assert case.kernel is None or case.kernel in strict.seen, f"attention was not computed by {case.kernel}"
+    return flops.total
 
 
 def step(task: Task, batch: Movable, optimizer: torch.optim.Optimizer, dtype: str, measuring: bool = False) -> None:

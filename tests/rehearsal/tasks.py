@@ -32,20 +32,21 @@ class Row:
     error: str  # "": the case came to its end
     where: str  # file:line of this project that the error came out of
     seconds: float
+    flops: int | None  # of both steps
 
     def __str__(self) -> str:
         outcome = f"{self.where}: {self.error}" if self.error else "ok"
         return f"{self.name:36} {self.seconds:5.1f} s  {outcome}"
 
 
-def run(name: str, rehearsal: Callable[[], None]) -> Row:
-    start, error, where = time.perf_counter(), "", ""
+def run(name: str, rehearsal: Callable[[], int | None]) -> Row:
+    start, error, where, flops = time.perf_counter(), "", "", None
     try:
-        rehearsal()
+        flops = rehearsal()
     except Exception as found:  # whatever it is, it is what the row says
         error = f"{type(found).__name__}: {' '.join(str(found).split())[:500]}"
         where = place(found)
-    return Row(name, error, where, round(time.perf_counter() - start, 2))
+    return Row(name, error, where, round(time.perf_counter() - start, 2), flops)
 
 
 def place(error: Exception) -> str:
