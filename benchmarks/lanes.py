@@ -115,13 +115,15 @@ def details(kind: str) -> list[Lane]:
         "30",
     )
     apex = ("--seconds", "15", "--minutes", "1", "--contenders", "ours bf16", "ours bf16 apex")
+    regress = ("-m", "benchmarks.regress")
     return [
-        Lane("profile", 4, (*step, *small, *ours, "--seconds", "3", "--minutes", "0.3", "--profile"), 100),
-        Lane("batch sizes", 4, (*step, *small, *sizes, "--contenders", "ours bf16", "reference"), 150),
-        Lane("compiled regions", 4, compiled, 150),
-        Lane("apex", 4, (*step, *apex), 80, GPU, needs="apex"),
-        Lane("regress", 4, ("-m", "benchmarks.regress", "--results", "{out}"), 120, GPU, no_baseline=3),
-        Lane("regress", 4, ("-m", "benchmarks.regress", "--counts-only"), 240, CPU, no_baseline=3),
+        Lane("profile", 4, (*step, *small, *ours, "--seconds", "3", "--minutes", "0.3", "--profile"), 80),
+        Lane("batch sizes", 4, (*step, *small, *sizes, "--contenders", "ours bf16", "reference"), 140),
+        Lane("compiled regions", 4, compiled, 120),
+        Lane("apex", 4, (*step, *apex), 70, GPU, needs="apex"),
+        Lane("regress", 4, (*regress, "--results", "{out}", "--seconds", "15"), 90, GPU, no_baseline=3),
+        Lane("regress", 4, (*regress, "--counts-only"), 240, CPU, no_baseline=3),
+        Lane("baseline", 4, (*regress, "--record", "--baseline", "{out}/baseline.json", "--seconds", "15"), 100, GPU),
     ]
 
 

@@ -7,8 +7,8 @@ import torch
 from albef_ds.config import ModelConfig, TextConfig, VisionConfig
 from albef_ds.data.batch import MaskedTokens, PackedText, PretrainingBatch
 from albef_ds.model.albef import ALBEF
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 
 VOCABULARY, MASK, CLS = 61, 4, 2
 

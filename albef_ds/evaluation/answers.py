@@ -11,7 +11,7 @@ from torch import Tensor
 from albef_ds.data.batch import PackedText
 from albef_ds.model.albef import text_spans
 from albef_ds.model.answering import AnsweringParts, NextTokens, Question
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from albef_ds.data.batch import PackedText
 from albef_ds.model.albef import ALBEF, text_spans
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 from albef_ds.model.text import BertAttention
 from albef_ds.model.vision import ImageAttention
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import PackedText
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 from albef_ds.model.text import TextEncoder
 from albef_ds.model.vision import build_vision_encoder
 

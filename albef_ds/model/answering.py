@@ -10,9 +10,9 @@ from torch import Tensor
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import PackedText
 from albef_ds.model.albef import at_least_fp32, text_spans
-from albef_ds.model.attention import Spans
 from albef_ds.model.classifier import FusedText
 from albef_ds.model.decoder import AnswerDecoder, Keys
+from albef_ds.model.spans import Spans
 from albef_ds.model.teacher import Momentum
 from albef_ds.model.text import TextEncoder
 from albef_ds.model.vision import build_vision_encoder

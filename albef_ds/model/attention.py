@@ -3,136 +3,29 @@ behind it.
 
 Sequences come packed: N runs of rows, one after another, described by a `Spans`. A query run attends to the key run of
 the same number, so cross-attention of several texts to one image is one long query run over that image's keys, which
-are read where they lie. No backend asks a GPU how long a run is: all shapes follow from numbers that the host has.
+are read where they lie. No backend asks a GPU how long a run is.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albef_ds import optional
+from albef_ds.model.spans import KeysOfPieces, Spans, side_by_side
 
 BACKENDS = ("auto", "flash", "varlen", "efficient", "sdpa", "eager")
-PACKED = ("flash", "varlen", "efficient")  # read the rows as they lie; the others pad them first
 ON_A_GPU = ("flash", "varlen", "efficient", "eager")  # what `auto` tries, in this order
 ON_A_CPU = {torch.bfloat16: ("eager",)}  # else sdpa, which is slower there (ds_configs/README.md)
 SHORT = 32  # rows that a CPU takes at once, where runs are at most half as long
-PIECE = 64  # rows of the pieces that long query runs are cut into, where padding them would cost more
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Spans:
-    """N consecutive runs of rows: run i is rows cu_seqlens[i] : cu_seqlens[i + 1].
-
-    `max_length` (a host number) bounds the longest run, and may be far above it. `regular`: every run has exactly
-    max_length rows, so the packed rows are a plain [N, max_length] array.
-    """
-
-    cu_seqlens: Tensor  # [N + 1] int32
-    max_length: int
-    num_rows: int
-    regular: bool = False
-
-    @classmethod
-    def equal(cls, num: int, length: int, device: torch.device | str) -> Spans:
-        cu_seqlens = torch.arange(0, (num + 1) * length, length, dtype=torch.int32, device=device)
-        return cls(cu_seqlens, length, num * length, regular=True)
-
-    @property
-    def num(self) -> int:
-        return self.cu_seqlens.numel() - 1
-
-    @cached_property
-    def lengths(self) -> Tensor:  # [N] int64
-        return self.cu_seqlens.long().diff()
-
-    @cached_property
-    def run_of_row(self) -> Tensor:  # [T] int64
-        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.cu_seqlens.device)
-        return torch.searchsorted(self.cu_seqlens[1:], rows, right=True)
-
-    @cached_property
-    def offset_in_run(self) -> Tensor:  # [T] int64
-        rows = torch.arange(self.num_rows, device=self.cu_seqlens.device)
-        return rows - self.cu_seqlens.long()[self.run_of_row]
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """[T] int64: where each row stands in the padded [N * max_length]."""
-        return self.run_of_row * self.max_length + self.offset_in_run
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """[N, max_length] bool: which padded places hold a row."""
-        places = torch.arange(self.max_length, device=self.cu_seqlens.device)
-        return places[None, :] < self.lengths[:, None]
-
-    def joined(self, each: int) -> Spans:
-        """`each` runs as one; the last may be fewer. On a GPU this would wait for it."""
-        cu_seqlens = torch.cat([self.cu_seqlens[:-1:each], self.cu_seqlens[-1:]])
-        even = self.regular and self.num % each == 0
-        return Spans(cu_seqlens, int(cu_seqlens.diff().max()), self.num_rows, regular=even)
-
-    @property
-    def padded_rows(self) -> int:
-        return self.num * self.max_length
-
-    @cached_property
-    def pieces(self) -> tuple[Spans, Tensor]:
-        """The runs cut into pieces of at most PIECE rows, and [N'] int64: which run each is of.
-
-        N' is how many there can be, as the host knows without asking; what there is not is an empty piece at the end.
-        """
-        count = self.lengths.add(PIECE - 1).div(PIECE, rounding_mode="floor")  # [N]
-        ends = count.cumsum(0)
-        number = torch.arange(self.num_rows // PIECE + self.num, device=ends.device)
-        run = torch.searchsorted(ends, number, right=True).clamp(max=self.num - 1)
-        starts = self.cu_seqlens.long()[run] + (number - (ends - count)[run]) * PIECE
-        cu_seqlens = F.pad(starts.clamp(max=self.num_rows), (0, 1), value=self.num_rows).int()
-        return Spans(cu_seqlens, PIECE, self.num_rows), run
-
-    @cached_property
-    def beside(self) -> dict[tuple[int, int, bool], SideBySide]:
-        """What `side_by_side` made of these queries, for the next layer."""
-        return {}
-
-    def same_runs(self, other: Spans) -> bool:
-        """Whether both have the same runs; on a GPU, where a look would wait for it, judged by the host's numbers."""
-        if self is other:
-            return True
-        mine, theirs = ((s.num, s.max_length, s.num_rows) for s in (self, other))
-        return mine == theirs and (self.cu_seqlens.is_cuda or torch.equal(self.cu_seqlens, other.cu_seqlens))
-
-    def pad(self, rows: Tensor) -> Tensor:
-        """[T, ...] to [N, max_length, ...], zeros where there is no row."""
-        if self.regular:
-            return rows.unflatten(0, (self.num, self.max_length))
-        padded = rows.new_zeros(self.padded_rows, *rows.shape[1:])
-        return padded.index_copy(0, self.slots, rows).unflatten(0, (self.num, self.max_length))
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[N, max_length, ...] to [T, ...]."""
-        rows = padded.flatten(0, 1)
-        return rows if self.regular else rows.index_select(0, self.slots)
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """Several runs as one, and what keeps them apart."""
-
-    q_spans: Spans
-    k_spans: Spans
-    mask: Tensor  # [N', 1, Lq, Lk] bool
-    of: Spans | None  # the keys' own runs where they are not the queries': kept, so that their id stays theirs
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +118,7 @@ def attention(
     if causal and not q_spans.same_runs(k_spans):
         raise ValueError("causal attention is self-attention: query and key runs must be the same, these differ")
     backend = resolve_backend(backend, q.device.type, q.dtype, dropout_p > 0, q.shape[-1])
-    if backend in PACKED:
+    if reads_packed(backend, dropout_p > 0):
         return packed_attention(backend, q, k, v, q_spans, k_spans, dropout_p, causal)
     dtype, on_cpu = q.dtype, q.device.type == "cpu"
     if on_cpu and backend == "sdpa" and dtype != torch.float64:
@@ -233,6 +126,15 @@ def attention(
         q, k, v = q.float(), k.float(), v.float()
     out = padded_attention(backend, q, k, v, q_spans, k_spans, dropout_p, causal)
     return out.to(dtype)
+
+
+def reads_packed(backend: str, dropout: bool) -> bool:
+    """Whether a backend takes the rows as they lie; the others pad them first.
+
+    torch's memory-efficient kernel drops out other probabilities backward than forward where rows are packed: its
+    forward pass takes every run's keys for none there (https://github.com/pytorch/pytorch/issues/115590).
+    """
+    return backend in ("flash", "varlen") or (backend == "efficient" and not dropout)
 
 
 def self_attention(qkv: Tensor, spans: Spans, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
@@ -256,7 +158,7 @@ def self_attention(qkv: Tensor, spans: Spans, dropout_p: float = 0.0, backend: s
 
 
 def padded_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
-    """The backends that know no packed rows. Short runs are taken together on a CPU. Query runs whose bound is far
+    """Backends that are given padded rows. Short runs are taken together on a CPU. Query runs whose bound is far
     above their length are cut into pieces, each with a copy of its keys."""
     each = SHORT // max(q_spans.max_length, k_spans.max_length) if q.is_cpu and backend == "eager" else 1
     of_piece = None
@@ -266,44 +168,20 @@ def padded_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, drop
     else:
         # Padding stands behind its run: no row that counts looks that far where attention is causal.
         mask = None if k_spans.regular or causal else k_spans.mask[:, None, None, :]
-        if not causal and cutting_pays(q_spans):
+        if not causal and q_spans.cutting_pays:
             q_spans, of_piece = q_spans.pieces
     q, k, v = (spans.pad(x).transpose(1, 2) for spans, x in ((q_spans, q), (k_spans, k), (k_spans, v)))
     if of_piece is not None:
-        # In fp32: the gradients of a run's pieces are added there.
-        k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).index_select(0, of_piece).to(x.dtype) for x in (k, v))
+        k, v = (KeysOfPieces.apply(x, of_piece) for x in (k, v))
         mask = None if mask is None else mask.index_select(0, of_piece)
     with torch.autocast(q.device.type, enabled=False):  # which would cast the operands back
         out = PADDED[backend](q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
     return q_spans.unpad(out.transpose(1, 2))
 
 
-def cutting_pays(spans: Spans) -> bool:
-    """Whether pieces have less than a quarter of the rows that padding to the longest run could have."""
-    return not spans.regular and 4 * (spans.num_rows + spans.num * PIECE) < spans.padded_rows
-
-
-def side_by_side(q_spans: Spans, k_spans: Spans, each: int, causal: bool) -> SideBySide:
-    """`each` runs as one: to begin with a run of a few rows takes a CPU longer than to compute it. Made once for all
-    layers that have these spans."""
-    made = q_spans.beside
-    key = (id(k_spans), each, causal)
-    if key not in made:
-        queries = q_spans.joined(each)
-        keys = queries if k_spans is q_spans else k_spans.joined(each)
-        of_query = queries.pad(q_spans.run_of_row + 1)  # 0 where there is no row
-        of_key = keys.pad(k_spans.run_of_row + 1)
-        mask = of_query[:, :, None] == of_key[:, None, :]
-        if causal:
-            mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
-        mask |= (of_query == 0)[:, :, None]  # what is no row looks at something, too: a softmax over nothing is NaN
-        made[key] = SideBySide(queries, keys, mask[:, None], None if k_spans is q_spans else k_spans)
-    return made[key]
-
-
 def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, dropout_p: float, causal: bool) -> Tensor:
     """Kernels that take packed rows as they are: flash-attn's, torch's own copy of it, and torch's memory-efficient
-    one, which knows fp32 and dropout too."""
+    one, which knows fp32 too."""
     # A bound may exceed all rows there are, which the memory-efficient kernel's backward pass refuses.
     longest = (min(spans.max_length, spans.num_rows) for spans in (q_spans, k_spans))
     bounds = (q_spans.cu_seqlens, k_spans.cu_seqlens, *longest)
@@ -316,10 +194,16 @@ def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, drop
         # As torch's nested tensors call it: one batch of all rows. 1 is a causal mask, from the first row on.
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         kernel = torch.ops.aten._efficient_attention_forward
-        return kernel(q[None], k[None], v[None], None, *bounds, dropout_p, int(causal), learning)[0][0]
+        return kernel(q[None], k[None], v[None], None, *bounds, dropout_p, int(causal), learning)[0].squeeze(0)
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))
+
+
+def efficient_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """torch's memory-efficient kernel alone: it takes a padding mask and dropout, and keeps no [L, L] scores."""
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def eager_attention(
@@ -335,4 +219,4 @@ def eager_attention(
     return F.dropout(probabilities, dropout_p) @ v
 
 
-PADDED = {"sdpa": F.scaled_dot_product_attention, "eager": eager_attention}
+PADDED = {"sdpa": F.scaled_dot_product_attention, "efficient": efficient_attention, "eager": eager_attention}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from albef_ds.config import TextConfig
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 from albef_ds.model.text import BertLayer, PackedBert, project_keys
 
 Keys = list[tuple[Tensor, Tensor]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from albef_ds.config import TextConfig
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 from albef_ds.model.text import TextEncoder, project_keys
 
 

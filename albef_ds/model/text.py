@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from albef_ds.config import TextConfig
-from albef_ds.model.attention import Spans, attention
+from albef_ds.model.attention import attention
 from albef_ds.model.packing import FusionPlan, Rows
+from albef_ds.model.spans import Spans
 
 
 class BertEmbeddings(nn.Module):

@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from albef_ds.config import VisionConfig
-from albef_ds.model.attention import Spans, self_attention
+from albef_ds.model.attention import self_attention
+from albef_ds.model.spans import Spans
 
 
 class ImageAttention(Attention):

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from albef_ds.data.batch import PackedText
-from albef_ds.model.attention import Spans
 from albef_ds.model.queue import gather_features
+from albef_ds.model.spans import Spans
 
 
 @dataclass(frozen=True)

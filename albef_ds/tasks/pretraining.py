@@ -13,8 +13,8 @@ from torch import Tensor
 
 from albef_ds.data.batch import PackedText, PretrainingBatch
 from albef_ds.model.albef import at_least_fp32, text_spans
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 from albef_ds.tasks.contrastive import Contrastive, three_pairs
 from albef_ds.tasks.negatives import Pool
 

@@ -9,7 +9,7 @@ from albef_ds.config import ModelConfig
 from albef_ds.data.batch import QuestionBatch
 from albef_ds.model.albef import text_spans
 from albef_ds.model.answering import Answering, AnsweringTeacher, NextTokens
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 from albef_ds.tasks.task import Task
 
 

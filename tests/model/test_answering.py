@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from albef_ds.data.batch import PackedText
 from albef_ds.model.answering import Answering, AnsweringTeacher
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 from tests.tiny import tiny_batch, tiny_model
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from albef_ds import optional
 from albef_ds.model import attention as module
-from albef_ds.model.attention import Spans, attention, resolve_backend, self_attention
+from albef_ds.model.attention import attention, resolve_backend, self_attention
+from albef_ds.model.spans import PIECE, Spans
 
 # Of each element, by dtype: fp32 differs by the order of sums, bf16 keeps 8 bits of operands and probabilities.
 CLOSE = {torch.float32: dict(atol=1e-5, rtol=1e-4), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
@@ -66,7 +67,9 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(runs=runs, piece=st.sampled_from([1, 2, 5, 64]), backend=st.sampled_from(["sdpa", "eager"]), dtype=st.booleans())
+@given(
+    runs=runs, piece=st.sampled_from([1, 2, 5, PIECE]), backend=st.sampled_from(["sdpa", "eager"]), dtype=st.booleans()
+)
 def test_runs_of_which_the_host_knows_a_far_bound_alone(runs, piece, backend, dtype):
     """As on a GPU, where nobody asks how many texts look at an image: pieces in place of padding to the bound."""
     q_lengths, k_lengths = runs
@@ -74,9 +77,9 @@ def test_runs_of_which_the_host_knows_a_far_bound_alone(runs, piece, backend, dt
     q = torch.randn(sum(q_lengths), 2, 8, requires_grad=True)
     k, v = (torch.randn(sum(k_lengths), 2, 8, requires_grad=True) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PIECE", piece)
-        spans = spans_of(q_lengths, bound=1000)
-        assert module.cutting_pays(spans)
+        patch.setattr("albef_ds.model.spans.PIECE", piece)
+        spans = spans_of(q_lengths, bound=5000)
+        assert spans.cutting_pays
         pieces, run = spans.pieces
         lengths = [(run[i].item(), n) for i, n in enumerate(pieces.lengths.tolist()) if n]
         assert all(n <= piece for _, n in lengths) and pieces.cu_seqlens[-1] == sum(q_lengths)
@@ -92,10 +95,10 @@ def test_runs_of_which_the_host_knows_a_far_bound_alone(runs, piece, backend, dt
 
 
 def test_cutting_is_for_bounds_far_above_the_lengths():
-    assert not module.cutting_pays(spans_of([30, 90, 60]))
-    assert not module.cutting_pays(Spans.equal(3, 577, "cpu"))
+    assert not spans_of([30, 90, 60]).cutting_pays
+    assert not Spans.equal(3, 577, "cpu").cutting_pays
     images, tokens = 64, 64 * 67  # a fusion pass of 64 captions: all that the host knows of the texts of an image
-    assert module.cutting_pays(Spans(torch.zeros(images + 1, dtype=torch.int32), tokens, tokens))
+    assert Spans(torch.zeros(images + 1, dtype=torch.int32), tokens, tokens).cutting_pays
 
 
 def test_short_runs_are_taken_together_and_kept_apart():
@@ -168,6 +171,46 @@ def test_dropout_keeps_the_mean_and_can_be_seeded(backend):
     assert dropped.mean() == pytest.approx(1.0, abs=0.05)
     torch.manual_seed(1)
     assert torch.equal(attention(q, k, v, spans, spans, 0.5, backend), dropped[0])
+
+
+def same_mask_both_ways(backend, device, dtype, bound=None):
+    """What was dropped out forward must be so backward: the result is linear in the values, and so is what is seen of
+    the gradient with respect to them."""
+    torch.manual_seed(0)
+    q_spans, k_spans = spans_on(device, RAGGED, bound), spans_on(device, [577, 3, 1, 197, 30])
+    q = torch.randn(q_spans.num_rows, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    k = torch.randn(k_spans.num_rows, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    v = torch.rand(k_spans.num_rows, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    for spans, keys, values in ((k_spans, k, v), (q_spans, k, v)):
+        queries = k if spans is k_spans else q
+        out = attention(queries, keys, values, spans, k_spans, 0.3, backend)
+        weight = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad((out * weight).sum(), values)
+        seen = torch.stack([(out.double() * weight.double()).sum(), (gradient.double() * values.double()).sum()])
+        noise = (out.double() * weight.double()).norm().item()
+        assert seen[0].item() == pytest.approx(seen[1].item(), abs=(1e-4 if dtype == torch.float32 else 0.05) * noise)
+        assert not torch.equal(out, attention(queries, keys, values, spans, k_spans, 0.3, backend))
+
+
+@pytest.mark.parametrize("bound", [None, 5000])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_dropout_hides_the_same_both_ways(backend, bound):
+    same_mask_both_ways(backend, "cpu", torch.float32, bound)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bound", [None, 5000])
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("backend", ["flash", "efficient", "sdpa", "eager"])
+def test_on_a_gpu_dropout_hides_the_same_both_ways(backend, dtype, bound):
+    if why := module.obstacle(backend, "cuda", dtype, True, 64):
+        pytest.skip(f"{backend} {why}")
+    same_mask_both_ways(backend, "cuda", dtype, bound)
+
+
+def test_the_memory_efficient_kernel_is_given_packed_rows_without_dropout_alone():
+    assert module.reads_packed("efficient", dropout=False) and not module.reads_packed("efficient", dropout=True)
+    assert module.reads_packed("flash", dropout=True) and not module.reads_packed("sdpa", dropout=False)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albef_ds.model.albef import text_spans
-from albef_ds.model.attention import Spans
 from albef_ds.model.decoder import AnswerDecoder
+from albef_ds.model.spans import Spans
 from tests.tiny import VOCABULARY, tiny_batch, tiny_model
 
 CONFIG = tiny_model().text

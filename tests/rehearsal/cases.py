@@ -68,6 +68,8 @@ class Case:
         backend = self.backend
         if backend == "auto":
             backend = "flash" if self.flash_attn else "efficient" if self.dropout else "varlen"
+        if backend == "efficient" and self.dropout:  # which it knows of padded rows alone
+            return "aten::_scaled_dot_product_efficient_attention"
         return KERNELS.get(backend)
 
 
@@ -85,6 +87,7 @@ def _options(**options) -> dict:
 CASES = (
     *(Case(task, backend) for backend in ("flash", "efficient", "sdpa", "eager") for task in TASKS),
     *(Case(task, "varlen", dropout=0.0) for task in TASKS),  # it knows none
+    *(Case(task, "efficient", "no-dropout", dropout=0.0) for task in ("pretraining", "vqa", "nlvr")),
     Case("pretraining", "auto"),
     # The default installation has no flash-attn.
     Case("pretraining", "auto", "plain", flash_attn=False),

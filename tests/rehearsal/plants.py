@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from albef_ds.data.batch import LabelledBatch
+from albef_ds.model import attention
 from albef_ds.model.queue import FeatureQueue
 from albef_ds.model.text import BertEmbeddings, Intermediate
 from albef_ds.tasks.entailment import Entailment
@@ -137,6 +138,12 @@ PLANTS = (
     Plant("flash keyword", "TypeError.*unexpected keyword argument 'dropout'", _flash(dropout=0.1)),
     Plant("varlen keyword", "TypeError.*'causal'", _varlen(causal=True), Case("entailment", "varlen", dropout=0.0)),
     Plant("flash in fp32", "Refused: flash-attn knows fp16 and bf16 alone", _flash(cast=torch.float32)),
+    Plant(
+        "dropout on packed rows",
+        "Refused: memory-efficient attention drops out other",
+        lambda: mock.patch.object(attention, "reads_packed", lambda backend, dropout: True),
+        Case("entailment", "efficient"),
+    ),
     Plant("mixed dtypes", "Refused: aten.mm", _first(_multiply_mixed)),
     Plant(
         "loss in bf16", "AssertionError: the loss classes is in torch.bfloat16", _around(Entailment, "forward", _half)

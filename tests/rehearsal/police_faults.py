@@ -12,8 +12,8 @@ import torch
 
 from albef_ds.data.batch import Movable, PackedText
 from albef_ds.inference.model import Albef
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 
 
 @dataclass(frozen=True)

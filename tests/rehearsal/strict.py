@@ -132,8 +132,14 @@ def _flash_backward(func, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Te
     _alike(func, grad, q, k, v, out)
 
 
-def _efficient(func, q: Tensor, k: Tensor, v: Tensor, bias, cu_q: Tensor | None, cu_k: Tensor | None, *_, **__) -> None:
+def _efficient_forward(func, q, k, v, bias, cu_q, cu_k, max_q: int, max_k: int, dropout_p: float, *_, **__) -> None:
     """_efficient_attention_forward of torch's attention.cu."""
+    _efficient(func, q, k, v, bias, cu_q, cu_k)
+    if cu_q is not None and dropout_p:  # not refused, but wrong: pytorch/pytorch#115590
+        raise Refused("memory-efficient attention drops out other probabilities backward where rows are packed")
+
+
+def _efficient(func, q: Tensor, k: Tensor, v: Tensor, bias, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise Refused(f"memory-efficient attention knows fp32, fp16 and bf16, got {q.dtype}")
     if cu_q is None:
@@ -143,6 +149,13 @@ def _efficient(func, q: Tensor, k: Tensor, v: Tensor, bias, cu_q: Tensor | None,
         raise Refused(f"with cu_seqlens memory-efficient attention needs [1, T, H, d], got {list(q.shape)}")
     if bias is not None:
         raise Refused("memory-efficient attention knows no bias beside cu_seqlens")
+
+
+def _padded(func, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *_, **__) -> None:
+    """_scaled_dot_product_efficient_attention: [N, H, L, d] of one dtype, a bias of theirs."""
+    _alike(func, q, k, v, bias)
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        raise Refused("attention needs a contiguous last dimension")
 
 
 def _efficient_backward(func, grad, q, k, v, bias, out, cu_q, cu_k, max_q: int, max_k: int, *_, **__) -> None:
@@ -186,7 +199,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "flash_attn::_flash_attn_varlen_backward": _flash_backward,
     "torch_attn::_varlen_attn": _flash,
     "torch_attn::_varlen_attn_backward": _flash_backward,
-    "aten::_efficient_attention_forward": _efficient,
+    "aten::_scaled_dot_product_efficient_attention": _padded,
+    "aten::_efficient_attention_forward": _efficient_forward,
     "aten::_efficient_attention_backward": _efficient_backward,
 }
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albef_ds.model.attention import Spans
 from albef_ds.model.packing import FusionPlan
+from albef_ds.model.spans import Spans
 from albef_ds.tasks.pretraining import Pretraining
 from tests.golden_cases import most_likely_negative
 from tests.tiny import one_by_one, tiny_batch, tiny_model

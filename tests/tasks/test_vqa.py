@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from albef_ds.data.batch import PackedText, QuestionBatch
 from albef_ds.model.albef import text_spans
 from albef_ds.model.answering import NextTokens
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 from albef_ds.tasks.vqa import VQA
 from tests.plain_bert import PlainEncoder, padded, plain_decoder
 from tests.tiny import tiny_batch, tiny_model

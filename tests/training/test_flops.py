@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from albef_ds.kernels import queue_contrastive_loss
-from albef_ds.model.attention import Spans
+from albef_ds.model.spans import Spans
 from albef_ds.training import flops
 from albef_ds.training.flops import FlopCount
 
