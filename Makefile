@@ -43,7 +43,7 @@ gpu: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# flash-attn's Python without its kernels, for tests/rehearsal, comes apart: nobody shall take it for one that works.
+# flash-attn's Python without its kernels, for tests/rehearsal, is kept apart, so that nobody takes it for one that works.
 $(VENV)/.installed: setup.py constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip

@@ -66,7 +66,7 @@ PACKAGES = {
     "varlen": Package(
         "torch.nn.attention.varlen",
         ("torch",),
-        "attention on packed rows, without dropout",
+        "attention on packed rows by torch's copy of flash-attn",
         "pip install 'torch>=2.11'",
         old_varlen,
     ),

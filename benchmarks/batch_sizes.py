@@ -52,7 +52,7 @@ def measured(name: str, config: ModelConfig, device: torch.device, captions: str
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return {"samples/s": 1e3 * batch / statistics.median(times), "peak bytes": peak}
     except Exception as error:  # out of memory, a kernel that does not fit, whatever: a result of this size
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": measure.failure(error)}
     finally:
         del contender
         release(device)

@@ -81,7 +81,7 @@ def feed_step(
 
 def failure(error: Exception) -> str:
     """What a row says of a failure."""
-    return f"{type(error).__name__}: {error}"[:300]
+    return measure.failure(error)
 
 
 def _first(starts: dict[str, Start]) -> tuple[PretrainingBatch, list[dict]]:

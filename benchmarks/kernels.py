@@ -79,7 +79,7 @@ def cost(batch: int, length: int, dim: int, with_grad: bool, element: int) -> tu
 
 def failure(contender: str, error: Exception) -> dict:
     """The row of a contender that failed."""
-    return {"contender": contender, "error": f"{type(error).__name__}: {error}"[:300]}
+    return {"contender": contender, "error": measure.failure(error)}
 
 
 def compare(contenders: dict[str, Callable], device: torch.device, seconds: float, baseline: str) -> list[dict]:

@@ -85,7 +85,8 @@ def commit() -> str:
 
     try:
         head = git("rev-parse", "--short=12", "HEAD")
-        return f"{head}{'+' if git('status', '--porcelain') else ''}" if head else "unknown"
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")  # where results are being written
+        return f"{head}{'+' if changed else ''}" if head else "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -97,6 +98,11 @@ def nvidia_smi(field: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0].strip()
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "unknown"
+
+
+def failure(error: Exception) -> str:
+    """What a row says of a contender that failed."""
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 class Clock:

@@ -29,7 +29,8 @@ from albef_ds.data.files import write_atomically
 from benchmarks import measure, wheels
 from benchmarks.lanes import PARTS, Lane, lanes
 
-FAILED = ("failed", "timed out", "stopped")
+FAILED, NOT_RUN = ("failed", "timed out", "stopped"), ("no time left", "not installed")
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LEAST = 10  # seconds that a lane is worth starting for
 GRACE = 3  # seconds between asking a lane to end and ending it
 SHOWN = 20_000  # characters of a lane's output that the report holds
@@ -39,11 +40,9 @@ def run_lane(lane: Lane, folder: Path, seconds: float, variables: dict[str, str]
     """Runs one lane for at most `seconds`.
 
     Returns:
-        {"status": passed, failed, timed out, stopped, no baseline or not installed; "seconds", "rows", "output", ...}
+        {"status": passed, failed, timed out, stopped or no baseline; "seconds", "rows", "output", ...}
     """
-    row = {"lane": lane.name, "part": lane.part, "status": "not installed", "seconds": 0.0, "output": "", "rows": []}
-    if lane.needs and not (found := optional.find(lane.needs)).available:
-        return row | {"error": found.reason}
+    row: dict = {}
     shutil.rmtree(folder, ignore_errors=True)  # an earlier call's
     folder.mkdir(parents=True)
     command = [part.replace("{out}", str(folder)) for part in on_processes(lane.command, variables)]
@@ -58,7 +57,7 @@ def run_lane(lane: Lane, folder: Path, seconds: float, variables: dict[str, str]
             row["status"] = {0: "passed", lane.no_baseline: "no baseline"}.get(code, "failed")
         except subprocess.TimeoutExpired:
             row["status"] = "timed out"
-        except (KeyboardInterrupt, Stopped):
+        except Stopped:
             row["status"] = "stopped"
         finally:
             end(process)
@@ -79,15 +78,17 @@ def on_processes(command: tuple[str, ...], variables: dict[str, str]) -> list[st
 
 
 def end(process: subprocess.Popen) -> None:
-    """The lane and all that it started, and nothing else; it may write its last words first."""
+    """The lane and all that it started, and nothing else; they may write their last words first."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
-            process.wait(timeout=GRACE)
+            deadline = time.monotonic() + GRACE
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)  # until nobody of the group is left
+                time.sleep(0.05)
         except ProcessLookupError:
             break
-        except subprocess.TimeoutExpired:
-            continue
     process.wait()
 
 
@@ -96,9 +97,9 @@ def rows_of(folder: Path) -> list[dict]:
     if lines := sorted(folder.glob("*.jsonl")):
         return [row for path in lines for row in measure.read_rows(path)]
     found = []
-    for text in [*(path.read_text() for path in sorted(folder.glob("*.json"))), (folder / "stdout.txt").read_text()]:
+    for path in [*sorted(folder.glob("*.json")), folder / "stdout.txt"]:
         try:
-            whole = json.loads(text)
+            whole = json.loads(path.read_text(errors="replace"))  # a killed lane may have cut a character
         except ValueError:
             continue
         found += whole if isinstance(whole, list) else [whole]
@@ -111,11 +112,18 @@ def folder_of(lane: Lane) -> str:
 
 
 class Stopped(BaseException):
-    """Somebody asks the suite to end (SIGTERM); the lane that runs is ended first."""
+    """Somebody asks the suite to end; the lane that runs is ended first."""
+
+
+class AnotherDevice(RuntimeError):
+    """The folder holds what was measured on another device."""
 
 
 class Report:
-    """suite.json and suite.md, whole after every lane; rows of earlier calls into the same folder stay."""
+    """suite.json and suite.md, whole after every lane; rows of earlier calls into the same folder stay.
+
+    Raises AnotherDevice where the folder's are of another.
+    """
 
     def __init__(self, out: Path, environment: dict):
         self.out, self.environment = out, environment
@@ -123,8 +131,12 @@ class Report:
         self.rows = []
         if (out / "suite.json").is_file():
             earlier = json.loads((out / "suite.json").read_text())
-            if earlier["environment"]["device"] == environment["device"]:
-                self.rows = earlier["lanes"]
+            if earlier["environment"]["device"] != environment["device"]:
+                raise AnotherDevice(
+                    f"{out} holds what was measured on {earlier['environment']['device']}, and this is "
+                    f"{environment['device']}: give another folder as --out"
+                )
+            self.rows = earlier["lanes"]
 
     def adopt(self, known: list[Lane]) -> None:
         """Lanes that an earlier call had begun when it was killed: what they had written by then."""
@@ -137,31 +149,44 @@ class Report:
                 self.add(head | {"output": output, "rows": rows_of(folder)})
 
     def add(self, row: dict) -> None:
-        """In place of the same lane's row of an earlier call."""
+        """In place of the same lane's row of an earlier call; what did not run at all replaces nothing."""
+        if row["status"] in NOT_RUN and self.find(row):
+            return
         row["commit"] = self.environment["commit"]
-        self.rows = [other for other in self.rows if (other["part"], other["lane"]) != (row["part"], row["lane"])]
+        self.drop(row)
         self.rows = sorted([*self.rows, row], key=lambda row: row["part"])  # within a part as they were run
+        self.write()
+
+    def find(self, row: dict) -> dict | None:
+        return next((r for r in self.rows if (r["part"], r["lane"]) == (row["part"], row["lane"])), None)
+
+    def drop(self, row: dict) -> None:
+        self.rows = [r for r in self.rows if (r["part"], r["lane"]) != (row["part"], row["lane"])]
+
+    def begin(self, lane: Lane) -> None:
+        """An earlier call's row goes with its files: were this one killed, old figures would stand beside new files."""
+        self.drop({"lane": lane.name, "part": lane.part})
+        self.write()
+
+    def write(self) -> None:
         whole = {"environment": self.environment, "lanes": self.rows}
         write_atomically(self.out / "suite.json", json.dumps(whole, indent=1) + "\n")
         write_atomically(self.out / "suite.md", markdown(self.environment, self.rows))
 
 
-def run(chosen: list[Lane], report: Report, minutes: float, variables: dict[str, str], say=print) -> list[dict]:
-    """Runs the lanes in order until the time is up; those left get a row that says so."""
-    deadline, rows = time.monotonic() + 60 * minutes, []
+def run(chosen: list[Lane], report: Report, deadline: float, variables: dict[str, str], say=print) -> list[dict]:
+    """Runs the lanes in order until the deadline (of time.monotonic); those left get a row that says so."""
+    rows = []
     for lane in chosen:
         left = deadline - time.monotonic()
+        row = {"lane": lane.name, "part": lane.part, "seconds": 0.0, "output": "", "rows": []}
         if left < LEAST:
-            row = {
-                "lane": lane.name,
-                "part": lane.part,
-                "status": "no time left",
-                "seconds": 0.0,
-                "output": "",
-                "rows": [],
-            }
+            row["status"] = "no time left"
+        elif lane.needs and not (found := optional.find(lane.needs)).available:
+            row |= {"status": "not installed", "error": found.reason}
         else:
-            row = run_lane(lane, report.out / folder_of(lane), min(left, lane.seconds), variables)
+            report.begin(lane)
+            row |= run_lane(lane, report.out / folder_of(lane), min(left, lane.seconds), variables)
         rows.append(row)
         report.add(row)
         say(f"{lane.part}: {lane.name}: {row['status']} ({row['seconds']} s)", flush=True)
@@ -171,6 +196,8 @@ def run(chosen: list[Lane], report: Report, minutes: float, variables: dict[str,
 
 
 def stop(*_) -> None:
+    for sign in ENDING:  # once is enough: a second one would come while the lane is ended
+        signal.signal(sign, signal.SIG_IGN)
     raise Stopped
 
 
@@ -194,26 +221,30 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", type=int, nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, help="for all lanes; default: ten a part")
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one, the first")
     parser.add_argument("--wheels", type=Path, help="folder of wheels, on a machine without a package registry")
     args = parser.parse_args(argv)
-    out = args.out.resolve()
+    minutes = args.minutes if args.minutes is not None else 10 * len(args.part)
+    deadline, out = time.monotonic() + 60 * minutes - GRACE, args.out.resolve()  # what installs and imports counts too
     try:
         device = measure.pick_device(args.device)
         variables = wheels.environment(args.wheels, out / "site-packages")
+        sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))  # what is there for the lanes
+        report = Report(out, measure.environment(device))
     except (wheels.WheelsError, RuntimeError) as error:
         print(f"the suite cannot start: {error}", file=sys.stderr)
         return 2
     if device.type == "cpu":
         variables |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    report = Report(out, measure.environment(device))
     report.adopt(lanes(device.type))
-    minutes = args.minutes if args.minutes is not None else 10 * len(args.part)
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {sign: signal.signal(sign, stop) for sign in ENDING}
     try:
-        rows = run(lanes(device.type, tuple(args.part)), report, minutes, variables)
+        rows = run(lanes(device.type, tuple(args.part)), report, deadline, variables)
+    except Stopped:  # between two lanes
+        return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
     print(f"written to {args.out}/suite.md and suite.json")
     return 1 if any(row["status"] in FAILED for row in rows) else 0
 

@@ -1,13 +1,14 @@
 """Starts this project's commands on a machine that has torch and no package registry: wheels from a folder.
 
 The wheels go into a folder of their own, beside a file that Python reads at its start and that shows it this checkout's
-`kernels/` and `ds_configs/` under their installed names. Nothing of the machine's own packages is changed.
+`kernels/` under its installed name. Nothing of the machine's own packages is changed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def environment(wheels: Path | None, site: Path) -> dict[str, str]:
 
     Args:
         wheels: folder of wheels to install into `site`; None: what is installed is enough, `kernels/` apart.
-        site: a folder that may be written; made anew by each call that gives wheels.
+        site: a folder of its own, made anew by each call that gives wheels.
 
     Raises:
         WheelsError: no wheel in the folder, pip refuses one of them, or a package is still missing.
@@ -73,6 +74,7 @@ def install(wheels: Path, site: Path) -> None:
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     if not files:
         raise WheelsError(f"{wheels}: no *.whl in this folder")
+    shutil.rmtree(site, ignore_errors=True)
     options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--quiet"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), *files]
     done = subprocess.run(command, capture_output=True, text=True)

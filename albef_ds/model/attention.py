@@ -35,7 +35,7 @@ def resolve_backend(
     """Picks the backend once for a kind of input and says so once.
 
     Args:
-        dropout: whether probabilities are dropped out.
+        dropout: whether probabilities are dropped out; said, and no obstacle to any of them.
         head_dim: None: one that all backends know.
 
     Raises:
@@ -43,7 +43,7 @@ def resolve_backend(
     """
     if name not in BACKENDS:
         raise ValueError(f"model.attention: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    kind, passed_over = (device_type, dtype, dropout, head_dim), ""
+    kind, passed_over = (device_type, dtype, head_dim), ""
     if name == "auto":
         for name in ON_A_GPU if device_type == "cuda" else ON_A_CPU.get(dtype, ("sdpa",)):
             if not (why := obstacle(name, *kind)):
@@ -58,7 +58,7 @@ def resolve_backend(
     return name
 
 
-def obstacle(backend: str, device_type: str, dtype: torch.dtype, dropout: bool, head_dim: int | None) -> str | None:
+def obstacle(backend: str, device_type: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why a backend cannot compute this kind of input; None: it can."""
     if backend in ("sdpa", "eager"):
         return None
@@ -75,7 +75,7 @@ def obstacle(backend: str, device_type: str, dtype: torch.dtype, dropout: bool, 
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 (Ampere) or later"
     if backend == "varlen":
-        return "knows no dropout" if dropout else _missing("varlen")
+        return _missing("varlen")
     if why := _missing("flash-attn"):
         return why
     try:  # a build for another torch or CUDA is there, and fails
@@ -195,6 +195,8 @@ def packed_attention(backend: str, q, k, v, q_spans: Spans, k_spans: Spans, drop
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         kernel = torch.ops.aten._efficient_attention_forward
         return kernel(q[None], k[None], v[None], None, *bounds, dropout_p, int(causal), learning)[0].squeeze(0)
+    if dropout_p:  # the operator behind varlen_attn, which hands dropout on to nobody; torch's nested tensors do
+        return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout_p, causal, False)[0]
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(q, k, v, *bounds, window_size=(-1, 0 if causal else -1))

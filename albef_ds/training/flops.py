@@ -25,6 +25,8 @@ PACKED_ATTENTION = {
     "flash_attn::_flash_attn_varlen_backward": 5,
     "torch_attn::_varlen_attn": 2,
     "torch_attn::_varlen_attn_backward": 5,
+    "aten::_flash_attention_forward": 2,
+    "aten::_flash_attention_backward": 5,
     "aten::_efficient_attention_forward": 2,
     "aten::_efficient_attention_backward": 5,
 }
@@ -99,7 +101,7 @@ def _packed(operator, products: int) -> Callable[..., int]:
             return next(given[name] for name in spellings if name in given)
 
         q, k = of("q", "query"), of("k", "key")
-        cu_q, cu_k = of("cu_seqlens_q", "cu_seq_q"), of("cu_seqlens_k", "cu_seq_k")
+        cu_q, cu_k = of("cu_seqlens_q", "cu_seq_q", "cum_seq_q"), of("cu_seqlens_k", "cu_seq_k", "cum_seq_k")
         pairs = query_key_pairs(cu_q, cu_k, q.shape[-3], k.shape[-3])
         return round(2 * products * pairs * q.shape[-2] * q.shape[-1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import random
@@ -32,7 +34,8 @@ def quiet(*_, **__) -> None:
 
 
 def run(chosen: list[Lane], out: Path, minutes: float = 1.0) -> list[dict]:
-    return suite.run(chosen, suite.Report(out, ENVIRONMENT), minutes, dict(os.environ), say=quiet)
+    deadline = time.monotonic() + 60 * minutes
+    return suite.run(chosen, suite.Report(out, ENVIRONMENT), deadline, dict(os.environ), say=quiet)
 
 
 def written(out: Path) -> dict[str, dict]:
@@ -66,9 +69,11 @@ def test_it_goes_on_after_lanes_that_fail_hang_or_are_not_there(tmp_path):
     page = (tmp_path / "suite.md").read_text()
     assert "## hangs: timed out" in page and "| bad | failed |" in page and sys.executable not in page
     assert {row["status"] for row in run(chosen, tmp_path, minutes=0)} == {"no time left"}
+    assert [row["status"] for row in written(tmp_path).values()] == statuses  # what was measured stays
 
 
 def test_no_baseline_is_not_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.wheels, "environment", lambda *_: dict(os.environ))
     monkeypatch.setattr(
         suite, "lanes", lambda *_: [Lane("compared", 1, ("-c", "raise SystemExit(3)"), 60, no_baseline=3)]
     )
@@ -93,14 +98,39 @@ def test_parts_of_several_calls_stand_in_one_report(tmp_path):
     assert list(written(tmp_path)) == ["first", "second"]
     run([Lane("first", 1, ("-c", "raise SystemExit(1)"), 60)], tmp_path)  # run again: the newer one counts
     assert {name: row["status"] for name, row in written(tmp_path).items()} == {"first": "failed", "second": "passed"}
-    another = suite.Report(tmp_path, {"device": "another chip", "commit": "abc"})
-    assert another.rows == []
+    before = (tmp_path / "suite.json").read_text()
+    with pytest.raises(suite.AnotherDevice, match="measured on a chip, and this is another chip"):
+        suite.Report(tmp_path, {"device": "another chip", "commit": "abc"})
+    assert (tmp_path / "suite.json").read_text() == before
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_lane_cut_in_the_middle_of_a_character_has_a_row(tmp_path):
+    code = "import sys, os, time; os.write(1, 'é'.encode()[:1]); time.sleep(60)"
+    [row] = run([Lane("cut", 1, ("-c", code), 2)], tmp_path)
+    assert row["status"] == "timed out" and row["rows"] == []
+
+
+def test_whatever_a_lane_started_may_say_its_last_words(tmp_path):
+    """Its leader has ended at once; the child that it leaves is asked to end, too, and waited for."""
+    child = (
+        "import signal, sys, time\n"
+        "def last(*_): time.sleep(0.5); open(sys.argv[1] + '/words', 'w').write('last'); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, last); open(sys.argv[1] + '/ready', 'w').close(); time.sleep(60)"
+    )
+    leader = (
+        "import os, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]])\n"
+        "while not os.path.exists(sys.argv[1] + '/ready'): time.sleep(0.02)"
+    )
+    [row] = run([Lane("leaves", 1, ("-c", leader, "{out}"), 30)], tmp_path)
+    assert row["status"] == "passed" and (tmp_path / "1-leaves" / "words").read_text() == "last"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_stopped_at_a_random_moment_the_suite_leaves_what_was_measured(tmp_path, sign):
     code = (
-        "import sys; from benchmarks import suite; from benchmarks.lanes import Lane\n"
+        "import os, sys; from benchmarks import suite; from benchmarks.lanes import Lane\n"
+        "suite.wheels.environment = lambda *_: dict(os.environ)\n"
         f"suite.lanes = lambda *_: [Lane('good', 1, {PRINTS!r}, 60), Lane('rows', 1, {WRITES_ROWS!r}, 60)]\n"
         "sys.exit(suite.main(['--device', 'cpu', '--out', sys.argv[1]]))"
     )
@@ -132,22 +162,36 @@ def test_every_part_has_lanes_that_fit_ten_minutes_of_a_gpu():
         assert len(named) == len(set(named))
 
 
-def test_what_lanes_start_is_there():
-    """Every module and every test file, on both kinds of device."""
-    for kind in ("cuda", "cpu"):
-        for lane in lanes.lanes(kind):
-            module = lane.command[1].replace(".", "/")
-            if module == "pytest":
-                files = [part.split("::")[0] for part in lane.command if part.startswith("tests/")]
-                assert files and all((measure.ROOT / file).exists() for file in files), lane.name
-            elif not module.startswith("albef_ds"):
-                assert (measure.ROOT / f"{module}.py").is_file(), lane.name
+class Parsed(Exception):
+    pass
 
 
-def test_tests_run_in_one_process_where_nothing_divides_them():
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_every_lanes_command_line_is_taken(kind, monkeypatch):
+    """By the very parser of what it starts; tests must be there."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_alone(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    for lane in lanes.lanes(kind):
+        _, module, *arguments = lane.command
+        if module == "pytest":
+            files = [part.split("::")[0] for part in arguments if part.startswith("tests/")]
+            assert files and all((measure.ROOT / file).exists() for file in files), lane.name
+            continue
+        main = importlib.import_module(module if module != "albef_ds" else "albef_ds.__main__").main
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_alone)
+            patch.setattr("torch.cuda.is_available", lambda: True)
+            main(arguments)
+
+
+def test_tests_run_in_one_process_where_nothing_divides_them(monkeypatch):
     command = lanes.pytest("tests/model", processes=4)
-    assert "-n" in command
-    missing = {**os.environ, "PYTHONPATH": "", "PYTHONNOUSERSITE": "1"}
-    divided = suite.on_processes(command, missing)
-    has_xdist = not suite.wheels.not_importable(("xdist",), missing)
-    assert ("-n" in divided) == has_xdist and divided[-1] == "tests/model"
+    monkeypatch.setattr(suite.wheels, "not_importable", lambda modules, variables: [])
+    assert suite.on_processes(command, {}) == list(command)
+    monkeypatch.setattr(suite.wheels, "not_importable", lambda modules, variables: list(modules))
+    alone = suite.on_processes(command, {})
+    assert "-n" not in alone and "4" not in alone and alone[-1] == "tests/model"

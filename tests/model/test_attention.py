@@ -201,9 +201,9 @@ def test_dropout_hides_the_same_both_ways(backend, bound):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bound", [None, 5000])
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("backend", ["flash", "efficient", "sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["flash", "varlen", "efficient", "sdpa", "eager"])
 def test_on_a_gpu_dropout_hides_the_same_both_ways(backend, dtype, bound):
-    if why := module.obstacle(backend, "cuda", dtype, True, 64):
+    if why := module.obstacle(backend, "cuda", dtype, 64):
         pytest.skip(f"{backend} {why}")
     same_mask_both_ways(backend, "cuda", dtype, bound)
 
@@ -261,7 +261,7 @@ def test_on_the_cpu_sdpa_equals_eager(dtype, case):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("backend", ["flash", "varlen", "efficient", "sdpa"])
 def test_on_a_gpu_every_backend_equals_eager(backend, dtype, case):
-    if why := module.obstacle(backend, "cuda", dtype, False, 64):
+    if why := module.obstacle(backend, "cuda", dtype, 64):
         pytest.skip(f"{backend} {why}")
     same(backend, "cuda", dtype, **case)
 
@@ -270,7 +270,7 @@ def test_on_a_gpu_every_backend_equals_eager(backend, dtype, case):
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("backend", ["flash", "varlen", "efficient", "sdpa", "eager"])
 def test_on_a_gpu_far_bounds_and_one_piece_change_nothing(backend, dtype):
-    if why := module.obstacle(backend, "cuda", dtype, False, 64):
+    if why := module.obstacle(backend, "cuda", dtype, 64):
         pytest.skip(f"{backend} {why}")
     k_lengths = [577, 3, 1, 197, 30]
     exact = with_gradients("eager", RAGGED, "cuda", dtype, k_lengths=k_lengths)
@@ -322,7 +322,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
         (("flash-attn", "varlen"), (7, 5), BF16, False, 64, "efficient"),
         (("flash-attn", "varlen"), (9, 0), BF16, False, 264, "efficient"),
         (("varlen",), (9, 0), BF16, False, 64, "varlen"),
-        (("varlen",), (9, 0), BF16, True, 64, "efficient"),
+        (("varlen",), (9, 0), BF16, True, 64, "varlen"),
+        ((), (9, 0), BF16, True, 64, "efficient"),
         (("varlen",), (9, 0), BF16, False, 12, "eager"),
         ((), (9, 0), BF16, False, 64, "efficient"),
         ((), (9, 0), torch.float64, False, 64, "eager"),
@@ -351,7 +352,6 @@ def test_the_choice_is_said_once_with_what_was_passed_over(gpu, caplog):
         ("efficient", ("cpu", FP32), "efficient needs a CUDA device"),
         ("flash", ("cuda", FP32), "needs bf16 or fp16 arithmetic; here: cuda, float32"),
         ("flash", ("cuda", BF16), "flash is not available: not installed"),
-        ("varlen", ("cuda", BF16, True), "varlen knows no dropout"),
         ("varlen", ("cuda", BF16, False, 20), "multiple of 8 numbers; here: .*heads of 20"),
         ("efficient", ("cuda", torch.float64), "needs fp32, bf16 or fp16"),
     ],
@@ -457,6 +457,22 @@ def test_packed_kernels_are_given_their_arguments_by_the_right_names(backend, ca
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: causal)  # both ways, one with each
     out = attention(q, k, v, spans_of(q_lengths), spans_of(k_lengths), backend=backend, causal=causal)
     torch.testing.assert_close(out, by_hand(q, k, v, q_lengths, k_lengths, causal).float())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torchs_copy_of_flash_attn_is_given_dropout_by_its_operator(causal, monkeypatch):
+    operator, seen = torch.ops.aten._flash_attention_forward.default, {}
+
+    def stand_in(*args, **kwargs):
+        seen.update(bound_by_schema(operator, args, kwargs))
+        return (seen["query"] * 2,)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
+    monkeypatch.setattr(module, "resolve_backend", lambda name, *_: name)
+    q, spans = torch.randn(11, 2, 8), spans_of([3, 1, 7])
+    assert torch.equal(attention(q, q, q, spans, spans, 0.25, "varlen", causal), q * 2)
+    assert seen["dropout_p"] == 0.25 and seen["is_causal"] is causal and seen["return_debug_mask"] is False
+    assert seen["cum_seq_q"] is seen["cum_seq_k"] is spans.cu_seqlens and seen["max_q"] == seen["max_k"] == 7
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

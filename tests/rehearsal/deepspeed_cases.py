@@ -14,14 +14,15 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from albef_ds.config import BatchPlan, ModelConfig, OptimizerConfig, TextConfig, VisionConfig
-from albef_ds.data.batch import LabelledBatch, Loaded, PackedText, PairBatch, QuestionBatch
+from albef_ds.data.batch import Loaded
 from albef_ds.tasks.registry import task_class
 from albef_ds.tasks.task import Task
 from albef_ds.training.bad_steps import BadSteps, check_precondition
 from albef_ds.training.ds_config import load_deepspeed_config
 from albef_ds.training.engine import build_engine, clamp_temperature, engine_config, set_learning_rate
-from benchmarks import fake_gpu, fake_ranks, workload
+from benchmarks import fake_gpu, fake_ranks
 from benchmarks.fake_streams import memory_of
+from tests.rehearsal.cases import make_batch
 
 WORLD, MICRO = 8, 4
 LENGTHS = (9, 10, 11, 25)  # of a micro-batch's texts
@@ -94,7 +95,7 @@ class Rehearsal:
             return task_class(self.case.task)(self.case.model).train()
 
     def batch(self) -> Loaded:
-        return fake_gpu.move(batch_of(self.case))
+        return fake_gpu.move(make_batch(self.case.task, self.case.model, LENGTHS))
 
     def run(self) -> dict:
         """What was found; raises whatever goes wrong."""
@@ -146,21 +147,6 @@ class Rehearsal:
             file = Path(folder, f"{self.case.deepspeed}.json")
             file.write_text(json.dumps(self.deepspeed_json()))
             return load_deepspeed_config(file)
-
-
-def batch_of(case: Case) -> Loaded:
-    """A micro-batch, on the host."""
-    batch = workload.make_batch(case.model, list(LENGTHS))
-    images, text = batch.images, batch.text
-    if case.task in ("retrieval", "text_assignment"):
-        return PairBatch(images, text, torch.arange(MICRO) // 2)
-    if case.task == "vqa":
-        answers = PackedText.from_lists([[101, 7, 9, 102], [101, 8, 102]] * MICRO)
-        return QuestionBatch.of(images, text, answers, torch.full((2 * MICRO,), 0.5), [2] * MICRO)
-    if case.task in ("entailment", "nlvr"):
-        both = torch.cat([images, images]) if case.task == "nlvr" else images
-        return LabelledBatch(both, text, torch.zeros(MICRO, dtype=torch.int64))
-    return batch
 
 
 def _kinds(task: Task) -> dict[str, str]:

@@ -197,6 +197,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "aten::nll_loss_forward": _int64,
     "flash_attn::_flash_attn_varlen_forward": _flash,
     "flash_attn::_flash_attn_varlen_backward": _flash_backward,
+    "aten::_flash_attention_forward": _flash,
+    "aten::_flash_attention_backward": _flash_backward,
     "torch_attn::_varlen_attn": _flash,
     "torch_attn::_varlen_attn_backward": _flash_backward,
     "aten::_scaled_dot_product_efficient_attention": _padded,

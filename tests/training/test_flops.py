@@ -40,7 +40,14 @@ def arguments(operator, batched: bool) -> dict:
         torch.zeros(cu[-1], HEADS, DIM)[None] if batched else torch.zeros(cu[-1], HEADS, DIM) for cu in (cu_q, cu_k)
     )
     given = {"q": q, "query": q, "k": k, "key": k}
-    given |= {"cu_seqlens_q": cu_q, "cu_seq_q": cu_q, "cu_seqlens_k": cu_k, "cu_seq_k": cu_k}
+    given |= {
+        "cu_seqlens_q": cu_q,
+        "cu_seq_q": cu_q,
+        "cum_seq_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "cu_seq_k": cu_k,
+        "cum_seq_k": cu_k,
+    }
     return {a.name: given.get(a.name) for a in operator.default._schema.arguments}
 
 
@@ -52,7 +59,7 @@ def test_packed_attention_counts_what_its_runs_cost_one_by_one(name: str):
         pytest.skip(f"{namespace} is not installed (tests/rehearsal counts its steps)")
     packet = getattr(getattr(torch.ops, namespace), operator)
     count = FlopCount().flop_registry[packet]
-    given = arguments(packet, batched=namespace == "aten")
+    given = arguments(packet, batched="efficient" in operator)
     assert count(*given.values()) == run_by_run(backward="backward" in operator)
     keywords = list(given)[4:]
     assert count(*list(given.values())[:4], **{k: given[k] for k in keywords}) == count(*given.values())
