@@ -25,6 +25,17 @@ runs = st.integers(1, 5).flatmap(
 )
 
 
+def same_as_by_hand(out, q, k, v, q_lengths, k_lengths, causal=False):
+    """The result [T, H, d] and its gradients."""
+    expected = by_hand(q, k, v, q_lengths, k_lengths, causal)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn_like(out)
+    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+
+
 @settings(max_examples=40, deadline=None)
 @given(runs=runs, backend=st.sampled_from(["sdpa", "eager"]), seed=st.integers(0, 99))
 def test_packed_attention_equals_the_definition(runs, backend, seed):
@@ -33,13 +44,7 @@ def test_packed_attention_equals_the_definition(runs, backend, seed):
     q = torch.randn(sum(q_lengths), 2, 8, requires_grad=True)
     k, v = (torch.randn(sum(k_lengths), 2, 8, requires_grad=True) for _ in range(2))
     out = attention(q, k, v, spans_of(q_lengths), spans_of(k_lengths), backend=backend)
-    expected = by_hand(q, k, v, q_lengths, k_lengths)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
-    weight = torch.randn_like(out)
-    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+    same_as_by_hand(out, q, k, v, q_lengths, k_lengths)
 
 
 @settings(max_examples=40, deadline=None)
@@ -59,13 +64,7 @@ def test_runs_of_which_the_host_knows_a_far_bound_alone(runs, piece, backend):
         assert all(n <= piece for _, n in lengths) and pieces.cu_seqlens[-1] == sum(q_lengths)
         assert [sum(n for of, n in lengths if of == i) for i in range(len(q_lengths))] == q_lengths
         out = attention(q, k, v, spans, spans_of(k_lengths), backend=backend)
-    expected = by_hand(q, k, v, q_lengths, k_lengths)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
-    weight = torch.randn_like(out)
-    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+    same_as_by_hand(out, q, k, v, q_lengths, k_lengths)
 
 
 def test_cutting_is_for_bounds_far_above_the_lengths():
@@ -100,13 +99,7 @@ def test_causal_attention_sees_no_later_row(lengths, backend):
     q, k, v = (torch.randn(sum(lengths), 2, 8, requires_grad=True) for _ in range(3))
     spans = spans_of(lengths)
     out = attention(q, k, v, spans, spans_of(lengths), backend=backend, causal=True)
-    expected = by_hand(q, k, v, lengths, lengths, causal=True)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
-    weight = torch.randn_like(out)
-    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, atol=5e-6, rtol=1e-4)
+    same_as_by_hand(out, q, k, v, lengths, lengths, causal=True)
 
 
 @pytest.mark.parametrize("k_lengths", [[3, 3], [2, 4], [4, 2, 1]])
