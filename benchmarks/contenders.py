@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from albef_ds.config import ModelConfig, OptimizerConfig
-from albef_ds.data.batch import PretrainingBatch
-from albef_ds.tasks.pretraining import Pretraining
+from albef_ds.data.batch import Movable, PretrainingBatch
+from albef_ds.tasks.registry import task_class
+from albef_ds.tasks.task import Task
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
 from benchmarks.reference import PaddedBatch, ReferenceALBEF
 
@@ -20,6 +21,25 @@ ALPHA = 0.4
 OPTIMIZER = OptimizerConfig()
 NAMES = ("ours fp32", "ours bf16", "ours bf16 apex", "reference", "modernised")
 PHASES = ("teacher", "forward", "backward", "optimiser", "queue")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a contender computes, and how models and batches come there."""
+
+    device: torch.device
+    compile_layers: bool = False  # of the modernised rival
+
+    @classmethod
+    def of(cls, device: torch.device) -> Place:
+        # On a CPU compiling takes many minutes: the modernised rival then has bf16 and SDPA alone.
+        return cls(device, compile_layers=device.type == "cuda")
+
+    def model(self, make: Callable[[], nn.Module]) -> nn.Module:
+        return make().to(self.device)
+
+    def batch(self, batch: Movable) -> Movable:
+        return batch.to(self.device)
 
 
 class PhaseClock:
@@ -57,7 +77,7 @@ class Contender:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: Callable[[Callable], dict]
-    set_batch: Callable[[PretrainingBatch], None]
+    set_batch: Callable[[Movable], None]
 
     def __call__(self) -> dict:
         return self.step(no_clock)
@@ -79,32 +99,43 @@ class Contender:
 def build(
     name: str,
     config: ModelConfig,
-    device: torch.device,
-    batch: PretrainingBatch,
+    place: torch.device | Place,
+    batch: Movable,
     weights_of: Contender | None = None,
+    task: str = "pretraining",
 ) -> Contender:
     """The contender of that name (NAMES), its weights drawn from the same seed, with `batch` set.
 
     Args:
         weights_of: another precision of ours, whose weights and optimiser are then shared to save memory.
+        task: what is learnt; the reference and the modernised one know pre-training alone.
+
+    Raises:
+        ValueError: an unknown contender, or one that does not know the task.
     """
     if name not in NAMES:
         raise ValueError(f"unknown contender {name!r}; choose from {', '.join(NAMES)}")
     torch.manual_seed(0)
-    found = _ours(name, config, device, weights_of) if name.startswith("ours") else _reference(name, config, device)
+    place = place if isinstance(place, Place) else Place.of(place)
+    if name.startswith("ours"):
+        model = weights_of.model if weights_of else place.model(lambda: task_class(task)(config)).train()
+        found = _ours(name, model, place, weights_of)
+    elif task != "pretraining":
+        raise ValueError(f"{name!r} knows pre-training alone, not {task!r}; choose ours")
+    else:
+        found = _reference(name, config, place)
     found.set_batch(batch)
     return found
 
 
-def _ours(name: str, config: ModelConfig, device: torch.device, weights_of: Contender | None) -> Contender:
-    task = weights_of.model if weights_of else Pretraining(config).to(device).train()
+def _ours(name: str, task: Task, place: Place, weights_of: Contender | None) -> Contender:
     kernel = "apex" if name.endswith("apex") else OPTIMIZER.fused
     optimizer = weights_of.optimizer if weights_of else build_optimizer(task, OPTIMIZER, kernel)
-    given: dict[str, PretrainingBatch] = {}
+    given: dict[str, Movable] = {}
     half = "bf16" in name
 
     def step(clock) -> dict:
-        with arithmetic(device, half, tf32=False):
+        with arithmetic(place.device, half, tf32=False):
             with clock("teacher"):
                 task.start_step(ALPHA)
             with clock("forward"):
@@ -120,13 +151,13 @@ def _ours(name: str, config: ModelConfig, device: torch.device, weights_of: Cont
             task.finish_step()
         return losses
 
-    return Contender(name, task, optimizer, step, lambda batch: given.update(batch=batch.to(device)))
+    return Contender(name, task, optimizer, step, lambda batch: given.update(batch=place.batch(batch)))
 
 
-def _reference(name: str, config: ModelConfig, device: torch.device) -> Contender:
+def _reference(name: str, config: ModelConfig, place: Place) -> Contender:
     modern = name == "modernised"
-    # On a CPU compiling takes many minutes: the modernised rival then has bf16 and SDPA alone.
-    model = ReferenceALBEF(config, modernised=modern, compile_layers=device.type == "cuda").to(device).train()
+    device, compiled = place.device, place.compile_layers
+    model = place.model(lambda: ReferenceALBEF(config, modernised=modern, compile_layers=compiled)).train()
     groups = parameter_groups(model, OPTIMIZER.weight_decay)
     # PyTorch of the reference's time updated one parameter after another; the modernised rival takes today's best.
     speed = {"fused": device.type == "cuda"} if modern else {"foreach": False}
@@ -157,7 +188,7 @@ def _reference(name: str, config: ModelConfig, device: torch.device) -> Contende
     def set_batch(batch: PretrainingBatch) -> None:
         if len(batch) < 2:  # on a GPU its draw would end CUDA for all that come after it
             raise ValueError("the reference draws negatives from its own batch, which needs at least 2 samples")
-        given.update(batch=PaddedBatch.from_packed(batch).to(device))
+        given.update(batch=place.batch(PaddedBatch.from_packed(batch)))
 
     return Contender(name, model, optimizer, step, set_batch)
 

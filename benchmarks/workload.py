@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from albef_ds.config import ModelConfig, TextConfig, VisionConfig
-from albef_ds.data.batch import PackedText, PretrainingBatch
+from albef_ds.data.batch import LabelledBatch, Movable, PackedText, PairBatch, PretrainingBatch, QuestionBatch
 from albef_ds.data.masking import mask_tokens
 
 HISTOGRAM = Path(__file__).parent / "captions_histogram.json"
@@ -18,6 +19,7 @@ MAX_TOKENS = 25  # the reference cuts captions there while pre-training
 MEAN_14 = (9, 10, 11, 12, 13, 15, 17, 25)  # 8 captions, 112 tokens, the longest full: what a padded batch looks like
 CAPTIONS = ("histogram", "mean14", "full")
 MASKED = 0.15
+ANSWERS = ([101, 7, 9, 102], [101, 8, 102], [101, 5, 5, 6, 102])  # of every question
 
 
 def preset(name: str, dropout: float = 0.1) -> ModelConfig:
@@ -62,6 +64,26 @@ def make_batch(config: ModelConfig, lengths: list[int], seed: int = 0) -> Pretra
     masked = mask_tokens(text, rng, probability=MASKED, **special)
     images = torch.randn(len(lengths), 3, pixels, pixels, generator=generator)
     return PretrainingBatch(images, text, masked)
+
+
+def task_batch(
+    task: str, config: ModelConfig, lengths: Sequence[int], seed: int = 0, texts_an_image: int = 1
+) -> Movable:
+    """A micro-batch of any task, of texts of these lengths; on the CPU."""
+    batch = make_batch(config, list(lengths), seed)
+    images, text = batch.images, batch.text
+    if task == "pretraining":
+        return batch
+    if task in ("retrieval", "grounding", "text_assignment"):
+        return PairBatch(images, text, torch.arange(len(batch)) // 2)
+    images = images[::texts_an_image]
+    if task == "vqa":
+        answers = PackedText.from_lists([*ANSWERS] * len(batch))
+        counts = [len(ANSWERS)] * len(batch)
+        return QuestionBatch.of(images, text, answers, torch.full((sum(counts),), 0.5), counts)
+    if task == "nlvr":
+        images = torch.cat([images, images])
+    return LabelledBatch(images, text, torch.zeros(len(batch), dtype=torch.int64))
 
 
 def captions_batch(config: ModelConfig, captions: str, batch: int, seed: int = 0) -> PretrainingBatch:

@@ -6,7 +6,7 @@ are chosen by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from albef_ds.config import ModelConfig, OptimizerConfig, OptionsConfig, TextConfig, VisionConfig
-from albef_ds.data.batch import LabelledBatch, Movable, PackedText, PairBatch, QuestionBatch
+from albef_ds.data.batch import Movable
 from albef_ds.tasks.registry import task_class
 from albef_ds.tasks.task import Task
 from albef_ds.training.compile import compile_regions
@@ -178,24 +178,4 @@ def capture(task: Task, first: Callable[[], None], second: Callable[[], None]) -
 
 def batch_of_turn(task: str, config: ModelConfig, turn: int) -> Movable:
     """Fine-tuning has one text to an image in the first step, and two in the second."""
-    return make_batch(task, config, LENGTHS[turn], seed=turn, texts_an_image=1 + turn)
-
-
-def make_batch(
-    task: str, config: ModelConfig, lengths: Sequence[int], seed: int = 0, texts_an_image: int = 1
-) -> Movable:
-    """A micro-batch of texts of these lengths, on the host."""
-    batch = workload.make_batch(config, list(lengths), seed=seed)
-    images, text = batch.images, batch.text
-    if task == "pretraining":
-        return batch
-    if task in ("retrieval", "text_assignment"):
-        return PairBatch(images, text, torch.arange(len(batch)) // 2)
-    images = images[::texts_an_image]
-    if task == "vqa":
-        answers = PackedText.from_lists([[101, 7, 9, 102], [101, 8, 102], [101, 5, 5, 6, 102]] * len(batch))
-        counts = [3] * len(batch)
-        return QuestionBatch.of(images, text, answers, torch.full((sum(counts),), 0.5), counts)
-    if task == "nlvr":
-        images = torch.cat([images, images])
-    return LabelledBatch(images, text, torch.zeros(len(batch), dtype=torch.int64))
+    return workload.task_batch(task, config, LENGTHS[turn], seed=turn, texts_an_image=1 + turn)

@@ -20,9 +20,8 @@ from albef_ds.tasks.task import Task
 from albef_ds.training.bad_steps import BadSteps, check_precondition
 from albef_ds.training.ds_config import load_deepspeed_config
 from albef_ds.training.engine import build_engine, clamp_temperature, engine_config, set_learning_rate
-from benchmarks import fake_gpu, fake_ranks
+from benchmarks import fake_gpu, fake_ranks, workload
 from benchmarks.fake_streams import memory_of
-from tests.rehearsal.cases import make_batch
 
 WORLD, MICRO = 8, 4
 LENGTHS = (9, 10, 11, 25)  # of a micro-batch's texts
@@ -95,7 +94,7 @@ class Rehearsal:
             return task_class(self.case.task)(self.case.model).train()
 
     def batch(self) -> Loaded:
-        return fake_gpu.move(make_batch(self.case.task, self.case.model, LENGTHS))
+        return fake_gpu.move(workload.task_batch(self.case.task, self.case.model, LENGTHS))
 
     def run(self) -> dict:
         """What was found; raises whatever goes wrong."""
