@@ -7,7 +7,8 @@
         ...                             # DeepSpeed's engine, whole steps
     watch.collectives                   # what NCCL would have been asked for, in order
 
-`join` alone serves a rank whose tensors are real ones of the CPU (benchmarks.collectives).
+Whoever wants the collectives alone takes `Listen` in place of `Watch`; `leave` lets a process join as another rank
+(benchmarks.fake_steps).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,13 +43,25 @@ class HostRead(RuntimeError):
     """The host asks the GPU for something: on a real one it waits until all that was launched is done."""
 
 
-def join(rank: int, world: int) -> None:
-    """Joins a made-up group as a launcher's rank would; once a process: the group stays."""
+def join(rank: int, world: int, local_rank: int | None = None) -> None:
+    """Joins a made-up group as a launcher's rank would, until `leave`. `local_rank` is the rank where none is given."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    local_rank = rank if local_rank is None else local_rank
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+
+
+def leave() -> None:
+    """Ends the group, and what DeepSpeed and the tasks remember of it."""
+    import deepspeed
+
+    from albef_ds.tasks.negatives import hosts
+
+    hosts.cache_clear()
+    deepspeed.comm.destroy_process_group()
+    sys.excepthook = sys.__excepthook__  # which would say the rank, and that of every group before
 
 
 def take_gpu(index: int, count: int = 8) -> None:
@@ -69,12 +83,18 @@ def take_gpu(index: int, count: int = 8) -> None:
     torch.cuda.current_stream, torch.cuda.default_stream = fake_streams.current_stream, lambda *_: fake_streams.MAIN
     Tensor.record_stream = lambda self, stream: None  # PyTorch's own takes a real stream,
     Tensor.pin_memory = _pinned  # and asks the driver for the memory
-    torch.utils.swap_tensors = _swap_nothing
+    keep_parameters()
     # Groups of another backend (gloo, for what the hosts tell each other) would look for ranks that are not there.
     new_group = dist.new_group
     dist.new_group = functools.wraps(new_group)(lambda *a, backend=None, **k: new_group(*a, backend="fake", **k))
     cuda_accelerator.pynvml = None  # which would ask the driver, too
     cpu_adam.CPUAdamBuilder.load = lambda self, verbose=True: _CPUAdam
+
+
+def keep_parameters() -> None:
+    """Module.to leaves parameters without values alone; they must be where it would take them. PyTorch is changed
+    globally."""
+    torch.utils.swap_tensors = _swap_nothing
 
 
 def _pinned(tensor: Tensor, device=None) -> Tensor:
@@ -109,6 +129,7 @@ class Collective:
 
     kind: str  # the operator of c10d
     bytes: int  # that this rank hands over
+    received: int  # bytes of what it gets back; of a reduce to one rank, what that one gets
     dtype: str
     root: int | None
     device: str  # cpu: what the hosts tell each other, through gloo
@@ -123,9 +144,13 @@ class Collective:
         sent = next((i for i, name in enumerate(names) if name.startswith("input")), 0)
         tensors = list(tensors_in(args[sent]))
         root = args[names.index("root_rank")] if "root_rank" in names else None
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        size, received = _size(tensors), _size(tensors_in(args[0]))  # what comes back stands first in every schema
         dtype, device = str(tensors[0].dtype), tensors[0].device.type
-        return cls(func._opname, size, dtype, root, device, fake_streams.current_stream().name)
+        return cls(func._opname, size, received, dtype, root, device, fake_streams.current_stream().name)
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Watch(TorchDispatchMode):
@@ -182,6 +207,51 @@ class Watch(TorchDispatchMode):
         place, line = _asking()
         if place not in self._copies:
             raise HostRead(f"{place}, line {line}: a copy from the GPU to the host that the host waits for")
+
+
+# What costs FakeTensorMode more than its own kernel: one tensor comes out, on the device of the first argument.
+SIMPLE = {aten.view.default, aten.view.dtype, aten._unsafe_view.default, aten.detach.default, aten.alias.default}
+SIMPLE |= {aten.slice.Tensor, aten.select.int, aten.t.default, aten.transpose.int, aten.expand.default}
+SIMPLE |= {aten.mm.default, aten.bmm.default, aten.copy_.default, aten._to_copy.default}
+
+
+def _harmless(dtype: torch.dtype) -> bool | int | float:
+    """The answer to a host that reads a value: nothing is wrong, and there is something of everything."""
+    return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+class Listen(TorchDispatchMode):
+    """Notes the collectives and answers whatever the host reads, for a count of them in half of Watch's time.
+
+    The simple operations that a step is mostly made of go past FakeTensorMode's bookkeeping, straight to their kernels
+    for tensors without values: what comes out lies where the first argument does. To be entered inside of `mode`.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so at every operation takes longer than most of them
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+        self.collectives: list[Collective] = []
+
+    def __torch_dispatch__(self, func: OpOverload, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # as in Watch
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+        if func is aten._local_scalar_dense.default and args[0].constant is None:
+            return _harmless(args[0].dtype)
+        if func.namespace == "c10d":
+            self.collectives.append(Collective.of(func, args))
+            with in_kernel_invocation_manager(self._mode):
+                result = func(*args, **kwargs)
+            return (args[0], *result[1:]) if isinstance(result, tuple) else result
+        if func in SIMPLE and kwargs.keys() <= {"dtype"} and type(args[0]) is FakeTensor:
+            with in_kernel_invocation_manager(self._mode):
+                result = func(*args, **kwargs)
+            return args[0] if func is aten.copy_.default else FakeTensor(self._mode, result, args[0].fake_device)
+        return func(*args, **kwargs)
 
 
 def _waits(func: OpOverload, args: tuple, kwargs: dict) -> bool:

@@ -1,24 +1,25 @@
-"""Communication and memory of many GPUs, on paper.
+"""Communication and memory of many GPUs.
 
     python -m benchmarks.scaling [--json] [--out DIR] [--preset base] [--batch 64] [--step-ms MS] [--step-json FILE]
 
-For 8 to 512 A100s in nodes of 8, ZeRO-1 and 2 with our settings: fp32 gradients, fp32 parameters. Everything is
-CALCULATED from the model's sizes and the data sheet's link rates, except a single GPU's step time, which is taken from
-a measurement (`--step-ms`, or `--step-json` of benchmarks.step on that GPU) or is not there. Without it compute is only
-bounded from below, by the counted FLOPs at the data sheet's peak; no efficiency is then given.
+For 8 to 512 A100s in nodes of 8, ZeRO-1 and 2 with our settings: fp32 gradients, fp32 parameters. The bytes are COUNTED
+by a dry run of every case (benchmarks.collectives), as what a rank sends in a ring; those on paper, from the model's
+sizes, stand beside them, and where the two differ it is said. Times are CALCULATED from the bytes and the data sheet's
+link rates, memory from the model's sizes. A single GPU's step time is taken from a measurement (`--step-ms`, or
+`--step-json` of benchmarks.step on that GPU) or is not there. Without it compute is only bounded from below, by the
+counted FLOPs at the data sheet's peak; no efficiency is then given.
 
-What a rank hands to the collectives is counted by a dry run (benchmarks.collectives) and agrees with what is calculated
-here (tests/benchmarks). DeepSpeed sums gradients by "allreduce" unless its configuration sets
-`use_multi_rank_bucket_allreduce: false`; then each rank receives its own share alone ("scatter"). Memory is the model's
+DeepSpeed sums gradients by "allreduce" unless its configuration sets `use_multi_rank_bucket_allreduce: false`; then
+each rank receives its own share alone ("scatter"), by a collective for every rank and bucket. Memory is the model's
 state alone, without activations and buckets.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from albef_ds.config import ModelConfig
 from albef_ds.tasks.pretraining import Pretraining
 from albef_ds.training.peak_flops import peak_flops_by_name
-from benchmarks import flops, measure, workload
+from benchmarks import collectives, flops, measure, workload
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 NODE = 8
@@ -35,6 +36,10 @@ GIB = 2**30
 # node. Rings cross a node's border once each and share its cards, so a rank's bytes flow at the node's rate.
 LINKS = {"NVLink": 300e9, "InfiniBand of a node": 200e9}
 CHIP = "A100"
+CONFIGURATION = "zero2_a100_80gb"
+SENT = ("gradients", "parameters", "features")
+REDUCE = ("allreduce", "scatter")
+TOLERANCE = 1e-3  # share of the bytes on paper by which the counted ones may differ unsaid
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,34 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank sends in a step, ring algorithms assumed."""
+
+    gradients: float
+    parameters: float  # updated
+    features: float  # the teacher's, for the queues
+    collectives: int | None = None  # how many there are; None: not counted
+
+    def differences(self, paper: Sent) -> list[str]:
+        """What of this is not what is on paper, in words."""
+        pairs = {name: (getattr(self, name), getattr(paper, name)) for name in SENT}
+        return [
+            f"{name}: {here:.0f} bytes counted, {there:.0f} on paper"
+            for name, (here, there) in pairs.items()
+            if abs(here - there) > TOLERANCE * there
+        ]
+
+
+@dataclass(frozen=True)
 class Row:
-    """One number of GPUs under one stage. Bytes are those that a rank sends in a step, ring algorithms assumed."""
+    """One number of GPUs under one stage; bytes as in `Sent`."""
 
     world: int
     stage: int
+    collectives: int | None
     reduce_bytes: float  # gradients
-    gather_bytes: float  # updated parameters
-    feature_bytes: float  # the teacher's features for the queues
+    gather_bytes: float  # parameters
+    feature_bytes: float
     parameters_gib: float
     teacher_gib: float
     gradients_gib: float
@@ -82,28 +107,54 @@ def sizes_of(config: ModelConfig) -> Sizes:
     )
 
 
-def calculate(sizes: Sizes, world: int, stage: int, batch: int, reduce: str, step_ms: float | None) -> Row:
+def on_paper(sizes: Sizes, world: int, batch: int, reduce: str) -> Sent:
     """
     Args:
         batch: samples a GPU.
         reduce: "allreduce": every rank receives the whole sum; "scatter": its own share alone, at half the traffic.
-        step_ms: of one GPU without communication, measured; None: not measured.
     """
     ring = (world - 1) / world  # a reduce-scatter or all-gather of N bytes sends this share of them from each rank
     passes = {"allreduce": 2, "scatter": 1}[reduce]
-    reduce_bytes = passes * ring * 4 * sizes.trained
-    gather_bytes = ring * 4 * sizes.trained
-    feature_bytes = ring * world * 2 * batch * sizes.embed_dim * 4
+    return Sent(
+        gradients=passes * ring * 4 * sizes.trained,
+        parameters=ring * 4 * sizes.trained,
+        features=ring * world * 2 * batch * sizes.embed_dim * 4,
+    )
+
+
+def counted(preset: str, batch: int) -> dict[tuple[str, int, int], Sent]:
+    """By way of reducing, stage and world. Raises as collectives.count does."""
+    (configuration,) = collectives.configurations([CONFIGURATION])
+    keys = [(reduce, stage, world) for reduce in REDUCE for stage in (1, 2) for world in WORLDS]
+    cases = [collectives.Case(configuration, stage, world, (0,), reduce == "scatter") for reduce, stage, world in keys]
+    found = {}
+    for key, row in zip(keys, collectives.count(cases, preset, batch), strict=True):
+        link = {name: row["purposes"][name]["over link"] for name in SENT}
+        found[key] = Sent(**link, collectives=row["collectives a step"])
+    return found
+
+
+def calculate(
+    sizes: Sizes, world: int, stage: int, batch: int, reduce: str, step_ms: float | None, sent: Sent | None = None
+) -> Row:
+    """
+    Args:
+        batch, reduce: as of `on_paper`.
+        step_ms: of one GPU without communication, measured; None: not measured.
+        sent: as counted; None: as on paper.
+    """
+    sent = sent or on_paper(sizes, world, batch, reduce)
     link = LINKS["NVLink"] if world <= NODE else LINKS["InfiniBand of a node"]
-    reduce_ms = 1e3 * reduce_bytes / link
-    rest_ms = 1e3 * (gather_bytes + feature_bytes) / link
+    reduce_ms = 1e3 * sent.gradients / link
+    rest_ms = 1e3 * (sent.parameters + sent.features) / link
     held = 4 * sizes.trained / GIB
     return Row(
         world=world,
         stage=stage,
-        reduce_bytes=reduce_bytes,
-        gather_bytes=gather_bytes,
-        feature_bytes=feature_bytes,
+        collectives=sent.collectives,
+        reduce_bytes=sent.gradients,
+        gather_bytes=sent.parameters,
+        feature_bytes=sent.features,
         parameters_gib=held,
         teacher_gib=4 * sizes.teacher / GIB,
         gradients_gib=held / world if stage == 2 else held,
@@ -117,25 +168,28 @@ def calculate(sizes: Sizes, world: int, stage: int, batch: int, reduce: str, ste
 
 
 def report(preset: str, batch: int, step_ms: float | None, source: str) -> dict:
-    """All rows, with what they were calculated from."""
+    """All rows, with what they were made of."""
     config = workload.preset(preset)
-    sizes = sizes_of(config)
+    sizes, sent = sizes_of(config), counted(preset, batch)
     work = flops.per_sample(config, workload.lengths_of("mean14", 8))["ours"]
-    rows = {
-        reduce: [calculate(sizes, world, stage, batch, reduce, step_ms) for stage in (1, 2) for world in WORLDS]
-        for reduce in ("allreduce", "scatter")
-    }
+    rows: dict[str, list[dict]] = {reduce: [] for reduce in REDUCE}
+    differences = []
+    for (reduce, stage, world), found in sent.items():
+        row = calculate(sizes, world, stage, batch, reduce, step_ms, found)
+        paper = on_paper(sizes, world, batch, reduce)
+        rows[reduce].append({**asdict(row), "state_gib": row.state_gib, "on paper": asdict(paper)})
+        differences += [f"{reduce}, ZeRO-{stage}, {world} GPUs: {each}" for each in found.differences(paper)]
     return {
-        "calculated": "everything but compute_ms",
+        "counted": f"bytes and collectives, by benchmarks.collectives on {CONFIGURATION}",
+        "calculated": "everything else but compute_ms",
+        "bytes off paper by more than 0.1 %": differences,
         "step time": source if step_ms else "not measured; no efficiency is given",
         "lower bound of compute ms": 1e3 * batch * work / peak_flops_by_name(CHIP),
         "preset": preset,
         "samples a GPU": batch,
-        "sizes": dataclasses.asdict(sizes),
+        "sizes": asdict(sizes),
         "links, bytes/s": LINKS,
-        "rows": {
-            name: [{**dataclasses.asdict(r), "state_gib": r.state_gib} for r in found] for name, found in rows.items()
-        },
+        "rows": rows,
     }
 
 
@@ -170,9 +224,7 @@ def plot(found: dict, path: Path) -> None:
     left.axhline(bound, color="grey", linestyle="--", label="compute, lower bound")
     if found["rows"]["scatter"][0]["compute_ms"]:
         left.axhline(found["rows"]["scatter"][0]["compute_ms"], color="black", label="compute, measured on one GPU")
-    left.set(
-        xscale="log", xlabel="GPUs", ylabel="ms a step", ylim=(0, None), title="Communication, calculated, none hidden"
-    )
+    left.set(xscale="log", xlabel="GPUs", ylabel="ms a step", ylim=(0, None), title="Communication, none hidden")
     for stage in (1, 2):
         mine = [row for row in found["rows"]["scatter"] if row["stage"] == stage]
         right.plot(
@@ -188,16 +240,20 @@ def plot(found: dict, path: Path) -> None:
 
 
 def render(found: dict) -> str:
+    off = "; ".join(found["bytes off paper by more than 0.1 %"]) or "no row"
+    bound = found["lower bound of compute ms"]
     lines = [
-        f"Calculated for {found['preset']}, {found['samples a GPU']} samples a GPU, {CHIP}s in nodes of {NODE}. "
-        f"Step time of one GPU: {found['step time']}. Compute takes at least "
-        f"{found['lower bound of compute ms']:.1f} ms (counted FLOPs at the data sheet's peak)."
+        f"For {found['preset']}, {found['samples a GPU']} samples a GPU, {CHIP}s in nodes of {NODE}. Counted: "
+        f"{found['counted']}; they differ from those on paper by more than 0.1 % in {off}. Calculated: all else, ms "
+        f"from the data sheet's links. Step time of one GPU: {found['step time']}. Compute takes at least "
+        f"{bound:.1f} ms (counted FLOPs at the data sheet's peak)."
     ]
     for reduce, rows in found["rows"].items():
         shown = [
             {
                 "GPUs": row["world"],
                 "ZeRO": row["stage"],
+                "collectives": row["collectives"],
                 "gradients MB": row["reduce_bytes"] / 1e6,
                 "parameters MB": row["gather_bytes"] / 1e6,
                 "features MB": row["feature_bytes"] / 1e6,
@@ -222,13 +278,19 @@ def main(argv=None) -> int:
     parser.add_argument("--step-ms", type=float, help="measured step of one GPU without communication")
     parser.add_argument("--step-json", type=Path, help="result of benchmarks.step on that GPU")
     args = parser.parse_args(argv)
+    if args.batch < 8 or args.batch % 8:
+        parser.error(f"--batch is {args.batch}, and captions come in whole eights: give 8, 16, ...")
     step_ms, source = args.step_ms, "measured, given by --step-ms"
     if args.step_json:
         try:
             step_ms, source = measured_step(args.step_json, args.batch)
         except ValueError as error:
             parser.error(str(error))
-    found = report(args.preset, args.batch, step_ms, source)
+    try:
+        found = report(args.preset, args.batch, step_ms, source)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
