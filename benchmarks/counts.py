@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +20,15 @@ from benchmarks.counting import OperatorCount
 
 BATCH = 8
 # Shares by which a count may differ; names without an entry may not differ at all.
-MARGINS = {"FLOP": 0.002, "bytes": 0.001, "operators": 0.02, "kernel launches": 0.02, "instructions": 0.025}
+MARGINS = {
+    "FLOP": 0.002,
+    "bytes": 0.001,
+    "operators": 0.02,
+    "kernel launches": 0.02,
+    "instructions": 0.025,
+    "Python calls": 0.001,
+}
+PYTHON_CALLS = "Python calls"  # of one minor version of Python alone
 
 INSTRUCTIONS = {
     "masking a caption": (
@@ -39,8 +48,15 @@ def margin_of(name: str) -> float:
 
 
 def collect(device: torch.device, preset: str, instructions: bool = False) -> dict[str, float | None]:
-    """All counts; None is "not measured here". FLOPs are of `preset`; the rest is counted on the tiny model."""
-    found = {**flop_counts(preset), **step_counts(device), **collective_counts()}
+    """All counts; None is "not measured here".
+
+    Those of our step on `device` are of the tiny model, all others of `preset`. What is the same on every machine is
+    counted where no GPU is, once.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        apart = beside.submit(counted_apart, preset) if device.type == "cpu" else None
+        found = {**flop_counts(preset), **step_counts(device)}
+        found |= apart.result() if apart else {}
     for name, (statement, setup) in INSTRUCTIONS.items():
         found[f"instructions: {name}"] = instruction_count(statement, setup) if instructions else None
     return found
@@ -111,17 +127,54 @@ def kernel_launches(step) -> int:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def collective_counts(world: int = 8) -> dict[str, float]:
-    """Under ZeRO-2 on made-up ranks, in a process of its own: a process can join one group only."""
-    command = [sys.executable, "-m", "benchmarks.collectives", "--world", str(world)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"counting collectives failed:\n{done.stderr[-2000:]}")
-    counted = json.loads(done.stdout.strip().splitlines()[-1])
+def counted_apart(preset: str) -> dict[str, float]:
+    """What needs processes of its own, before which no torch was imported: two at a time."""
+    with ThreadPoolExecutor(2) as both:
+        running = [both.submit(count, preset) for count in (gpu_counts, host_counts, collective_counts)]
+        return {name: number for counts in running for name, number in counts.result().items()}
+
+
+def gpu_counts(preset: str) -> dict[str, float]:
+    """Of one step on a GPU that is not there: launches, bytes and FLOPs (benchmarks.roofline)."""
+    ours = asked("roofline", "--preset", preset, "--contenders", "ours")["ours"]
+    of = f"a step on a GPU, {preset}"
+    return {f"launches {of}": ours["launches"], f"bytes {of}": 1e9 * ours["gb"], f"FLOP {of}": 1e12 * ours["tflop"]}
+
+
+def host_counts(preset: str) -> dict[str, float]:
+    """Of one step under DeepSpeed, plain and as ZeRO-2 (benchmarks.host)."""
+    stages = asked("host", "--counts", "--preset", preset, "--stages", "0", "2")["stages"]
+    names = {"python calls": PYTHON_CALLS, "python calls in deepspeed": f"{PYTHON_CALLS} in DeepSpeed"}
+    names |= {"operators": "operators under DeepSpeed"}
     return {
-        f"collectives a step, {world} ranks": counted["collectives a step"],
-        f"bytes handed to collectives a step, {world} ranks": counted["bytes a step"],
+        f"{name} a step, stage {stage}, {preset}": counts[key]
+        for stage, counts in stages.items()
+        for key, name in names.items()
     }
+
+
+def collective_counts(preset: str, world: int = 8) -> dict[str, float]:
+    """Of one rank of many under ZeRO-2 (benchmarks.collectives)."""
+    case = ("--world", str(world), "--stage", "2", "--deepspeed", "zero2_a100_80gb", "--preset", preset)
+    (row,) = asked("collectives", *case)["rows"]
+    return {
+        f"collectives a step, {world} ranks, {preset}": row["collectives a step"],
+        f"bytes handed to collectives a step, {world} ranks, {preset}": row["bytes a step"],
+    }
+
+
+def asked(module: str, *arguments: str) -> dict:
+    """The JSON that a command of this folder prints.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", "--json", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT, env=variables, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.{module} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
 
 
 def instruction_count(statement: str, setup: str, number: int = 100) -> float | None:

@@ -82,12 +82,13 @@ def why_no_baseline(now: dict, baseline: dict) -> str | None:
 
 def compare(now: dict, baseline: dict, kind: str) -> tuple[list[Finding], list[str]]:
     """(findings, what could not be compared and why)."""
-    optional = {name for name, value in now["counts"].items() if value is None and name.startswith("instructions")}
-    recorded = {name: value for name, value in baseline["counts"].items() if name not in optional}
-    found, left = (
-        judge_counts(now["counts"], recorded, counts.margin_of),
-        [f"{n}: not measured" for n in sorted(optional)],
-    )
+    left = {n: "not measured" for n, value in now["counts"].items() if value is None and n.startswith("instructions")}
+    pythons = [".".join(side["environment"]["python"].split(".")[:2]) for side in (now, baseline)]
+    if len(set(pythons)) > 1:
+        other = f"counted under Python {pythons[1]}, this is {pythons[0]}"
+        left |= {name: other for name in now["counts"] if name.startswith(counts.PYTHON_CALLS)}
+    here, there = ({n: v for n, v in side["counts"].items() if n not in left} for side in (now, baseline))
+    found, left = judge_counts(here, there, counts.margin_of), [f"{n}: {why}" for n, why in sorted(left.items())]
     same_chip = now["environment"]["device"] == baseline["environment"]["device"]
     for name, recorded in baseline["times"].items():
         if name not in now["times"]:

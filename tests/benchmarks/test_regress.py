@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts, history, regress, scaling, workload
+from albef_ds.tasks.pretraining import Pretraining
+from benchmarks import counts, history, regress, workload
 
 ARGUMENTS = ["--device", "cpu", "--preset", "tiny", "--counts-only"]
 
@@ -42,17 +43,17 @@ def test_counts_are_whole_and_repeat(collected: dict):
     device = torch.device("cpu")
     assert collected["graph breaks"] == 0
     assert counts.step_counts(device) == {k: collected[k] for k in counts.step_counts(device)}
-    assert collected["collectives a step, 8 ranks"] > 0
+    assert collected["collectives a step, 8 ranks, tiny"] > 0
+    assert collected["launches a step on a GPU, tiny"] > 1000
     missing = {name for name, value in collected.items() if value is None}
     assert all("GPU" in name or "kernel launches" in name or "instructions" in name for name in missing)
 
 
-def test_the_paper_agrees_with_what_deepspeed_asks_for(collected: dict):
-    """What a rank of 8 hands over: all its gradients, its share of the parameters, its features; little else."""
-    config = workload.preset("tiny")
-    sizes = scaling.sizes_of(config)
-    expected = 4 * sizes.trained + 4 * sizes.trained / 8 + 2 * 8 * config.embed_dim * 4
-    assert collected["bytes handed to collectives a step, 8 ranks"] == pytest.approx(expected, rel=1e-3)
+def test_zero_costs_calls_of_every_trained_tensor(collected: dict):
+    """DeepSpeed's backward hooks are seen, which C++ calls."""
+    plain, zero2 = (collected[f"Python calls in DeepSpeed a step, stage {stage}, tiny"] for stage in (0, 2))
+    trained = sum(p.requires_grad for p in Pretraining(workload.preset("tiny")).parameters())
+    assert zero2 - plain > 30 * trained
 
 
 def test_the_same_tree_passes(baseline: Path, capsys):
@@ -70,9 +71,42 @@ def test_more_work_and_unexplained_less_both_fail(baseline: Path, factor: float)
 
 def test_one_more_collective_fails(baseline: Path):
     def change(content: dict) -> None:
-        content["counts"]["collectives a step, 8 ranks"] -= 1
+        content["counts"]["collectives a step, 8 ranks, tiny"] -= 1
 
     assert regress.main(changed(baseline, change)) == regress.CHANGED
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("launches a step on a GPU, base", 1),
+        ("bytes a step on a GPU, base", 1e9),
+        ("FLOP a step on a GPU, base", 1e11),
+        ("Python calls a step, stage 0, base", 419),  # one for each tensor that is trained
+        ("Python calls in DeepSpeed a step, stage 2, base", 419),
+        ("operators under DeepSpeed a step, stage 2, base", 419),
+        ("collectives a step, 8 ranks, base", 1),
+        ("bytes handed to collectives a step, 8 ranks, base", 1e7),
+    ],
+)
+def test_little_more_or_less_than_what_is_committed_fails(name: str, more: float):
+    committed = json.loads((regress.FOLDER / "cpu.json").read_text())
+    for change in (0, more, -more):
+        now = copy.deepcopy(committed)
+        now["counts"][name] += change
+        status = regress.verdict(*regress.compare(now, committed, "cpu"))
+        assert status == (regress.CHANGED if change else regress.PASSED)
+
+
+def test_calls_are_compared_on_the_same_python_alone(baseline: Path):
+    now = json.loads(baseline.read_text())
+    then = copy.deepcopy(now)
+    then["counts"]["Python calls a step, stage 0, tiny"] *= 2
+    assert regress.verdict(*regress.compare(now, then, "cpu")) == regress.CHANGED
+    then["environment"]["python"] = "3.99.1"
+    findings, left = regress.compare(now, then, "cpu")
+    assert regress.verdict(findings, left) == regress.PASSED
+    assert sum("counted under Python 3.99" in reason for reason in left) == 4
 
 
 @pytest.mark.parametrize(
