@@ -71,6 +71,7 @@ def speeds(kind: str) -> list[Lane]:
             Lane("step, reference", 2, (*step, *size, "--contenders", "ours bf16", "ours fp32", "reference"), 240),
             Lane("step, modernised", 2, (*step, *size, "--contenders", "ours bf16", "modernised"), 240),
             Lane("flops", 2, ("-m", "benchmarks.flops", "--json"), 240),
+            Lane("host", 2, ("-m", "benchmarks.host", "--out", "{out}"), 120),
         ]
     tuning = ("-m", "albef_ds.kernels.tuning", "--batch", "64", "--length", "65536", "--seconds", "25")
     core = ("--batches", "64", "512", "--lengths", "65536", "--seconds", "0.5", "--minutes", "1.3")
@@ -81,6 +82,7 @@ def speeds(kind: str) -> list[Lane]:
         Lane("step, reference", 2, (*step, *seconds, "--contenders", "ours bf16", "reference"), 120),
         Lane("step, modernised", 2, (*step, *seconds, "--contenders", "ours bf16", "modernised"), 200),
         Lane("step, ours in fp32", 2, (*step, *seconds, "--contenders", "ours bf16", "ours fp32"), 90),
+        Lane("host", 2, ("-m", "benchmarks.host", "--seconds", "8", "--out", "{out}"), 40),
     ]
 
 

@@ -146,6 +146,7 @@ def report(args: argparse.Namespace) -> dict:
         **{name: getattr(args, name) for name in ("task", "preset", "batch", "captions", "backend", "dropout")},
         "pixels": config.vision.image_size,
         "tokens": sum(lengths),
+        "queue": config.queue_size,
         "capability": CAPABILITY,
         "rates": {name: vars(chip) for name, chip in chips.CHIPS.items()},
         "packages": {"torch": torch.__version__, "triton": measure.package_version("triton")},

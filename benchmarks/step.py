@@ -26,7 +26,7 @@ import torch
 from albef_ds.data.files import write_atomically
 from albef_ds.training.flops import FlopCount
 from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
-from benchmarks import batch_sizes, contenders, measure, memory, workload
+from benchmarks import batch_sizes, contenders, counts, measure, memory, workload
 
 # What is compared in one process: on a CPU no more than fits into memory beside each other.
 GROUPS = {
@@ -71,6 +71,8 @@ def compare(names, config, device, batch, captions: str, deadline: float, args) 
         try:  # what fails here, for memory say, takes nothing from the times
             row["phases ms"] = built[name].phases(device, steps=1 if row["median"] > 2000 else 3)
             row |= rates(built[name], device, batch, row["samples/s"])
+            if device.type == "cuda":
+                row["launches"] = counts.kernel_launches(built[name])
         except Exception as error:
             row["not counted"] = measure.failure(error)
         yield row

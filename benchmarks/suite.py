@@ -26,7 +26,7 @@ from pathlib import Path
 
 from albef_ds import optional
 from albef_ds.data.files import write_atomically
-from benchmarks import measure, wheels
+from benchmarks import measure, predictions, wheels
 from benchmarks.lanes import PARTS, Lane, lanes
 
 FAILED, NOT_RUN = ("failed", "timed out", "stopped"), ("no time left", "not installed")
@@ -169,9 +169,15 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        whole = {"environment": self.environment, "lanes": self.rows}
+        whole = {"environment": self.environment, "lanes": self.rows, "predicted": self.predicted()}
         write_atomically(self.out / "suite.json", json.dumps(whole, indent=1) + "\n")
-        write_atomically(self.out / "suite.md", markdown(self.environment, self.rows))
+        write_atomically(self.out / "suite.md", markdown(self.environment, self.rows, whole["predicted"]))
+
+    def predicted(self) -> dict:
+        """What was predicted before, beside what is measured so far."""
+        found = predictions.newest()
+        rows = predictions.beside(found, self.environment, self.rows) if found else []
+        return {"commit": found["commit"] if found else None, "rows": rows}
 
 
 def run(chosen: list[Lane], report: Report, deadline: float, variables: dict[str, str], say=print) -> list[dict]:
@@ -201,12 +207,15 @@ def stop(*_) -> None:
     raise Stopped
 
 
-def markdown(environment: dict, rows: list[dict]) -> str:
-    """The report: machine, one line a lane, then what each printed."""
+def markdown(environment: dict, rows: list[dict], predicted: dict) -> str:
+    """The report: machine, one line a lane, what was predicted, then what each printed."""
     lines = [f"# Suite on {environment['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items()]
     shown = [{**row, "rows": len(row["rows"])} for row in rows]
     lines += ["", measure.table(shown, ["part", "lane", "status", "seconds", "rows", "command"])]
+    if predicted["rows"]:
+        lines += ["", f"## Predicted at {predicted['commit']}, and measured", "", predictions.render(predicted["rows"])]
+        lines += ["", "A predicted time is the least that memory and arithmetic allow (benchmarks.roofline)."]
     for row in rows:
         lines += ["", f"## {row['lane']}: {row['status']}", ""]
         text = row["output"].strip() or "No output."
