@@ -1,4 +1,4 @@
-"""Counts what a step does without timing it: FLOPs, operators, host syncs, collectives. Counts do not wobble.
+"""Counts what a step does without timing it: FLOPs, operators, host syncs. Counts do not wobble.
 
 FLOPs of a model of any size are counted on tensors that have shapes and no values (`FakeTensorMode`), in seconds and
 without memory. A step asks its tensors for a few numbers (how many tokens are packed, how many labelled), which such
@@ -22,20 +22,14 @@ aten = torch.ops.aten
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts dispatched operators by name; collectives (c10d) with the bytes that this rank hands over."""
+    """Counts dispatched operators by name."""
 
     def __init__(self):
         super().__init__()
         self.operators: Counter[str] = Counter()
-        self.collectives: Counter[str] = Counter()
-        self.collective_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        self.operators[name] += 1
-        if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(("wait_tensor", "barrier")):
-            self.collectives[name.split("::")[1]] += 1
-            self.collective_bytes += _input_bytes(name, args)
+        self.operators[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
 
     @property
@@ -49,18 +43,6 @@ class OperatorCount(TorchDispatchMode):
 
 
 SYNCING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal"}
-# Which argument a collective sends; of in-place ones the first.
-_SENT = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1}
-
-
-def _input_bytes(name: str, args: tuple) -> int:
-    def of(value) -> int:
-        if isinstance(value, torch.Tensor):
-            return value.numel() * value.element_size()
-        return sum(of(v) for v in value) if isinstance(value, list | tuple) else 0
-
-    sent = _SENT.get(name.split("::")[1], 0)
-    return of(args[sent]) if len(args) > sent else 0
 
 
 class Recording(TorchDispatchMode):

@@ -43,6 +43,10 @@ INSTRUCTIONS = {
 }
 
 
+class CountingError(RuntimeError):
+    """Something cannot be counted on this machine; says why."""
+
+
 def margin_of(name: str) -> float:
     return next((margin for part, margin in MARGINS.items() if part in name), 0.0)
 
@@ -52,6 +56,9 @@ def collect(device: torch.device, preset: str, instructions: bool = False) -> di
 
     Those of our step on `device` are of the tiny model, all others of `preset`. What is the same on every machine is
     counted where no GPU is, once.
+
+    Raises:
+        CountingError: this machine lacks what a count needs.
     """
     with ThreadPoolExecutor(1) as beside:
         apart = beside.submit(counted_apart, preset) if device.type == "cpu" else None
@@ -167,13 +174,13 @@ def asked(module: str, *arguments: str) -> dict:
     """The JSON that a command of this folder prints.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        CountingError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", "--json", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT, env=variables, timeout=300)
     if done.returncode:
-        raise RuntimeError(f"benchmarks.{module} failed:\n{done.stderr[-2000:]}")
+        raise CountingError(f"benchmarks.{module} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -90,8 +91,9 @@ def install(capability: tuple[int, int] = (9, 0), flash: bool = True) -> FakeTen
         return _installed
     if "torch" in sys.modules:
         raise RuntimeError("fake_gpu.install() must come before torch is imported: PyTorch looks for the driver once")
-    if flash and not (FLASH_ATTN / "flash_attn").is_dir():
-        raise RuntimeError(f"flash-attn's Python is not at {FLASH_ATTN}: run `make -B install`, which puts it there")
+    apart = (FLASH_ATTN / "flash_attn").is_dir()
+    if flash and not apart and importlib.util.find_spec("flash_attn") is None:
+        raise RuntimeError(f"flash-attn is not installed, nor is its Python at {FLASH_ATTN}: run `make -B install`")
     driver = _load_driver()
     import torch
     from torch._subclasses import fake_tensor
@@ -108,7 +110,7 @@ def install(capability: tuple[int, int] = (9, 0), flash: bool = True) -> FakeTen
     # is what it does on a GPU too, and what whoever counts copies must see.
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
     if flash:
-        sys.path.insert(0, str(FLASH_ATTN))
+        sys.path[:0] = [str(FLASH_ATTN)] if apart else []
         sys.modules["flash_attn_2_cuda"] = types.ModuleType("flash_attn_2_cuda")
     else:
         sys.modules["flash_attn"] = None

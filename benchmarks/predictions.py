@@ -148,7 +148,10 @@ def main(argv=None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"predictions-{predicted['commit']}.json"
     path.write_text(json.dumps(predicted, indent=1) + "\n")
-    rows = [{**row, **{f"ms {card}": ms for card, ms in row["ms"].items()}} for row in predicted["steps"]]
+    rows = [
+        {"attention": "its own", **row, **{f"ms {card}": ms for card, ms in row["ms"].items()}}
+        for row in predicted["steps"]
+    ]
     columns = ["contender", "attention", *CASE, "launches", "gb", "tflop", *(f"ms {card}" for card in chips.CHIPS)]
     print(measure.table(rows, columns))
     print(f"written to {path.name}")

@@ -10,7 +10,8 @@ with the reference implementation, and fails only if the whole confidence interv
 A baseline belongs to a device and to versions of torch and DeepSpeed; anything else is "no baseline", which is not a
 pass. `--record` writes the new baseline, to be committed with the change that explains it.
 
-Exit status: 0 passed; 1 changed; 2 the check itself does not work here (--self-test); 3 no baseline.
+Exit status: 0 passed; 1 changed; 2 the check itself does not work here (--self-test); 3 no baseline, or nothing can be
+counted here.
 """
 
 from __future__ import annotations
@@ -135,7 +136,11 @@ def check(args, device: torch.device) -> int:
     if not args.record and not path.is_file():
         print(f"no baseline: {path.name} does not exist; --record on this device writes it", file=sys.stderr)
         return NO_BASELINE
-    now = measured(device, args.preset, not args.counts_only, args.instructions, args.seconds)
+    try:
+        now = measured(device, args.preset, not args.counts_only, args.instructions, args.seconds)
+    except counts.CountingError as error:
+        print(f"nothing to compare with a baseline: {error}", file=sys.stderr)
+        return NO_BASELINE
     if args.results:
         history.add(args.results, now)
     if args.record:

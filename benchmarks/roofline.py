@@ -194,17 +194,23 @@ def plot(found: dict, path: Path) -> None:
     from benchmarks.chips import CHIPS
 
     names = [name for name in CONTENDERS if name in found]
-    figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 5.5), sharex=True, squeeze=False)
+    groups = list(dict.fromkeys(group for name in names for group in found[name]["groups"]))
+    size = {"figsize": (3 + 4 * len(names), 6), "layout": "constrained"}
+    figure, panels = plt.subplots(1, len(names), sharex=True, sharey=True, squeeze=False, **size)
     for axes, name in zip(panels[0], names, strict=True):
-        groups = list(reversed(found[name]["groups"].items()))
+        shown = [
+            (at, found[name]["groups"][group]) for at, group in enumerate(groups) if group in found[name]["groups"]
+        ]
         for place, chip in enumerate(CHIPS):
-            heights = [at + (1.5 - place) * 0.2 for at in range(len(groups))]
-            axes.barh(heights, [row["ms"][chip] for _, row in groups], height=0.2, label=chip)
-        axes.set_yticks(range(len(groups)), [group for group, _ in groups], fontsize=8)
-        totals = ", ".join(f"{chip} {ms:.1f}" for chip, ms in found[name]["ms"].items())
-        axes.set(xlabel="ms, calculated", title=f"{name}\n{totals} ms")
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+            heights = [at + (place - 1.5) * 0.2 for at, _ in shown]
+            axes.barh(heights, [row["ms"][chip] for _, row in shown], height=0.2, label=chip)
+        totals = "\n".join(f"{chip} {ms:.1f} ms" for chip, ms in found[name]["ms"].items())
+        axes.text(0.95, 0.3, f"in all\n{totals}", transform=axes.transAxes, ha="right", va="top")
+        axes.set(xlabel="ms a step, calculated", title=name)
+    panels[0][0].set_yticks(range(len(groups)), groups)
+    panels[0][0].invert_yaxis()
+    panels[0][0].legend(loc="center right")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -121,6 +121,15 @@ def test_no_file_is_no_baseline(tmp_path: Path):
     assert regress.main([*ARGUMENTS, "--baseline", str(tmp_path / "none.json")]) == regress.NO_BASELINE
 
 
+def test_what_cannot_be_counted_here_is_no_pass(baseline: Path, monkeypatch, capsys):
+    def fails(*_):
+        return counts.asked("roofline", "--batch", "0")
+
+    monkeypatch.setattr(counts, "collect", fails)
+    assert regress.main([*ARGUMENTS, "--baseline", str(baseline)]) == regress.NO_BASELINE
+    assert "benchmarks.roofline failed" in (said := capsys.readouterr().err) and "--batch must be at least 1" in said
+
+
 def test_times_of_another_chip_are_not_compared(baseline: Path):
     now = json.loads(baseline.read_text())
     now["times"] = {"step": {"median": 0.7, "low": 0.69, "high": 0.71, "pairs": 20}}
