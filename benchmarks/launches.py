@@ -5,9 +5,9 @@
 
 Each operator reads what it is given once and writes what it makes once, as a kernel that caches serve well does.
 Repeated elements of an expanded tensor count once. How many kernels PyTorch launches for an operator stands in a table
-here: one, save for those below; the zeros that select_backward and its like begin with, and cuDNN's changes of layout, are
-left out. FLOPs are those of training/flops.py, our own kernels' bytes are counted in Triton's
-interpreter (benchmarks.kernel_traffic).
+here: one, save for those below. Left out are the zeros that select_backward and its like begin with, and cuDNN's
+changes of layout. FLOPs are those of training/flops.py; our own kernels' bytes are counted in Triton's interpreter
+(benchmarks.kernel_traffic).
 """
 
 from __future__ import annotations
