@@ -5,7 +5,7 @@ read once and written once a launch, the least that memory must move. With TRITO
 imported, on any CPU.
 
 The kernels of the loss are run on a short queue: what they move is a sum of a constant, a share for each column of the
-queue and a share for each split of it, which three short runs tell apart (tests/benchmarks/test_kernel_traffic.py holds
+queue and a share for each split of it, which three short runs tell apart (tests/kernels/test_traffic.py holds
 it against a whole run).
 """
 

@@ -8,6 +8,10 @@ Repeated elements of an expanded tensor count once. How many kernels PyTorch lau
 here: one, save for those below. Left out are the zeros that select_backward and its like begin with, and cuDNN's
 changes of layout. FLOPs are those of training/flops.py; our own kernels' bytes are counted in Triton's interpreter
 (benchmarks.kernel_traffic).
+
+Known to be wrong: flash-attn's backward counts the gradients that it writes as read, too (1.4 GB at ViT-B/16 and 64
+samples), and as four kernels, where it has three; embedding_dense_backward has two below 3,073 indices; a convolution's
+bias and an in-place lerp of more than 48 small tensors are a launch off.
 """
 
 from __future__ import annotations

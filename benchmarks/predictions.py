@@ -3,8 +3,9 @@
     python -m benchmarks.predictions [--out benchmarks/results]
 
 Writes predictions-COMMIT.json from benchmarks.roofline, for whole steps and for the kernels of the loss. The report of
-benchmarks.suite puts the newest of them beside what it measures. Launches and FLOPs should come out as they are; a time
-is the least, which a measured one exceeds by what launching, waiting and small kernels take.
+benchmarks.suite puts the newest of them beside what it measures. A time is the least, which a measured one exceeds by
+what launching, waiting and small kernels take. A GPU will show more launches: those that benchmarks.launches leaves
+out, memory being set, and the references' draws of negatives.
 """
 
 from __future__ import annotations
