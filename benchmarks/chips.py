@@ -33,7 +33,7 @@ class Chip:
 # A100: both from the data sheet (80 GB SXM: 312 TFLOP/s, 2,039 GB/s). From Hopper on no product comes near the data
 # sheet's FLOP/s (989; 2,250): the best that were measured are 794.5 and 1,745.0 (S. Bekman, Machine Learning
 # Engineering, "Maximum Achievable Matmul FLOPS"). Bytes/s: the data sheet's for H100 SXM (3.35 TB/s), nine tenths of it
-# for HBM3e (H200: 4.8 TB/s, B200: 8.0 TB/s).
+# for HBM3e (H200: 4.8 TB/s, B200: 8.0 TB/s), so that from H100 to H200 less is gained here than on the data sheets.
 CHIPS = {
     "A100": Chip(312e12, 2.0e12, "data sheet"),
     "H100": Chip(790e12, 3.35e12, "best measured product, data sheet's bandwidth"),
@@ -45,5 +45,8 @@ TF32, TF32X3 = 2, 6
 
 
 def chip_of(device_name: str) -> str | None:
-    """The name here of a card as its driver calls it, None for one that is not in the table."""
+    """The name here of a card as its driver calls it; None for one that is not in the table: a slice of a card, and the
+    slower ones of the same name."""
+    if re.search(r"\b(MIG|PCIe|NVL|40GB)\b", device_name, re.IGNORECASE):
+        return None
     return next((name for name in CHIPS if re.search(rf"\b{name}\b", device_name)), None)

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -85,7 +85,8 @@ class Worker:
     def __exit__(self, *_) -> None:
         self.process.kill()  # it has nothing to save
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # what a question left behind, to a process that had ended
+            self.process.stdin.close()
         self.answers.close()
         self.log.close()
 
@@ -212,7 +213,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", default="zero2_a100_80gb", help="name of a file in ds_configs")
     parser.add_argument("--world", type=int, default=1, help="ranks, of which this is one and the others are made up")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--out", type=Path, help="a folder for host.json; prints JSON")
+    parser.add_argument("--out", type=measure.folder, help="a folder for host.json and host.md")
     args = parser.parse_args(argv)
     if args.against and (lacking := other_checkout.missing(args.against)):
         parser.error(f"--against {args.against}: no checkout of this project ({lacking}); give its top folder")
@@ -227,19 +228,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line in this file's head."""
     args = arguments(argv)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
     folders = [measure.ROOT, *([args.against.resolve()] if args.against else [])]
     try:
         settings = {"preset": args.preset, "deepspeed": args.deepspeed, "world": args.world}
         result = report(collect(folders, args), folders, settings)
     except HostError as error:
         print(error, file=sys.stderr)
-        return 1
-    if args.json or args.out:
-        measure.publish(result, args.out, "host.json")
-    else:
-        print(markdown(result))
+        return 2
+    measure.tell(result, markdown(result), args.json, args.out, "host")
     return 0
 
 

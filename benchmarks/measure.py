@@ -4,6 +4,7 @@ Rivals are timed in turns within one run (`interleaved`), so that a warming chip
 Limits (`copy_bandwidth`, `matmul_rate`) are measured on the spot, not read from a data sheet.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -191,6 +192,31 @@ def publish(result: dict, folder: Path | None, name: str) -> None:
     print(text)
     if folder is not None:
         write_atomically(folder / name, text)
+
+
+def folder(text: str) -> Path:
+    """A folder for results, as the type of a command line's argument: it need not be there, but a file must not."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file, and a folder is needed")
+    return path
+
+
+def tell(found: dict, page: str, as_json: bool, out: Path | None, name: str, plot: Callable | None = None) -> None:
+    """Prints a result, as its page or as JSON. Where a folder is given, it keeps both there, and the plot.
+
+    Args:
+        name: of the files, without their endings.
+        plot: (result, path of the picture) to nothing.
+    """
+    text = json.dumps(found, indent=1)
+    print(text if as_json else page)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / f"{name}.json", text + "\n")
+        write_atomically(out / f"{name}.md", page + "\n")
+        if plot is not None:
+            plot(found, out / f"{name}.png")
 
 
 class Rows:

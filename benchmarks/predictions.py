@@ -4,8 +4,8 @@
 
 Writes predictions-COMMIT.json from benchmarks.roofline, for whole steps and for the kernels of the loss. The report of
 benchmarks.suite puts the newest of them beside what it measures. A time is the least, which a measured one exceeds by
-what launching, waiting and small kernels take. A GPU will show more launches: those that benchmarks.launches leaves
-out, memory being set, and the references' draws of negatives.
+what launching, waiting and small kernels take. A GPU will show some launches more, where cuDNN or cuBLAS divide an
+operator, and the references' draws of negatives.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ STEPS = (
     ("--preset", "tiny", "--batch", "8", "--captions", "mean14", "--backend", "varlen", "--contenders", "ours"),
 )
 CASE = ("preset", "batch", "captions")
-NOTES = {"modernised": ("predicted without compiling",)}
+NOTES = {
+    "modernised": ("predicted without compiling and without draws",),
+    "reference": ("predicted without draws",),
+}
 
 
 def predict() -> dict:
@@ -75,9 +78,19 @@ def _loss(run: dict) -> dict:
 
 
 def newest(folder: Path = FOLDER) -> dict | None:
-    """The latest predictions of a folder, None where it has none."""
-    found = [json.loads(path.read_text()) for path in folder.glob("predictions-*.json")]
-    return max(found, key=lambda predicted: predicted["time"], default=None)
+    """The latest predictions of a folder, None where it has none.
+
+    Raises:
+        ValueError: a file holds none; names it.
+    """
+    found = []
+    for path in sorted(folder.glob("predictions-*.json")):
+        try:
+            predicted = json.loads(path.read_text())
+            found.append((predicted["time"], predicted))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path.name} holds no predictions ({error!r}): delete it, or write it anew") from None
+    return max(found, key=lambda pair: pair[0], default=(None, None))[1]
 
 
 def beside(predicted: dict, environment: dict, lanes: list[dict]) -> list[dict]:
@@ -116,8 +129,9 @@ def _figures(expected: dict, card: str) -> dict[str, float]:
 
 def _measured(lane: dict) -> Iterator[dict]:
     """A lane's rows under the names of the predictions."""
-    preset = next((row["preset"] for row in lane["rows"] if "preset" in row), None)
-    for row in lane["rows"]:
+    rows = [row for row in lane["rows"] if isinstance(row, dict)]
+    preset = next((row["preset"] for row in rows if "preset" in row), None)
+    for row in rows:
         if row.get("what") == "step" and "median" in row:
             told = {"TFLOP": row["FLOP a sample"] * row["batch"] / 1e12} if "FLOP a sample" in row else {}
             yield {**row, **told, "preset": preset, "ms": row["median"], "lane": lane["lane"]}
@@ -136,7 +150,7 @@ def render(found: list[dict]) -> str:
 def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--out", type=measure.folder, default=FOLDER)
     args = parser.parse_args(argv)
     if not measure.commit().isalnum() or measure.commit() == "unknown":
         print("predictions belong to a commit: commit what has changed, then predict", file=sys.stderr)

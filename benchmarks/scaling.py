@@ -272,7 +272,7 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder for scaling.json, scaling.md and scaling.png")
+    parser.add_argument("--out", type=measure.folder, help="folder for scaling.json, scaling.md and scaling.png")
     parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
     parser.add_argument("--batch", type=int, default=64, help="samples a GPU")
     parser.add_argument("--step-ms", type=float, help="measured step of one GPU without communication")
@@ -284,19 +284,14 @@ def main(argv=None) -> int:
     if args.step_json:
         try:
             step_ms, source = measured_step(args.step_json, args.batch)
-        except ValueError as error:
-            parser.error(str(error))
+        except (OSError, ValueError) as error:
+            parser.error(f"--step-json: {error}")
     try:
         found = report(args.preset, args.batch, step_ms, source)
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-        (args.out / "scaling.md").write_text(render(found) + "\n")
-        plot(found, args.out / "scaling.png")
-    print(json.dumps(found, indent=1) if args.json else render(found))
+    measure.tell(found, render(found), args.json, args.out, "scaling", plot)
     return 0
 
 

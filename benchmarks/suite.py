@@ -175,7 +175,10 @@ class Report:
 
     def predicted(self) -> dict:
         """What was predicted before, beside what is measured so far."""
-        found = predictions.newest()
+        try:
+            found = predictions.newest()
+        except ValueError as error:  # no reason to lose what is measured
+            return {"error": str(error), "rows": []}
         rows = predictions.beside(found, self.environment, self.rows) if found else []
         return {"commit": found["commit"] if found else None, "rows": rows}
 
@@ -213,6 +216,7 @@ def markdown(environment: dict, rows: list[dict], predicted: dict) -> str:
     lines += [f"- {name}: {value}" for name, value in environment.items()]
     shown = [{**row, "rows": len(row["rows"])} for row in rows]
     lines += ["", measure.table(shown, ["part", "lane", "status", "seconds", "rows", "command"])]
+    lines += ["", f"Predictions: {predicted['error']}"] if "error" in predicted else []
     if predicted["rows"]:
         lines += ["", f"## Predicted at {predicted['commit']}, and measured", "", predictions.render(predicted["rows"])]
         lines += ["", "A predicted time is the least that memory and arithmetic allow (benchmarks.roofline)."]

@@ -60,9 +60,17 @@ def test_another_checkout_differs_by_what_was_put_into_it(copy: Path, tmp_path: 
 
 def test_a_checkout_that_does_not_fit_is_told_with_its_error(copy: Path, capsys):
     put_in(copy, "class Pretraining(Contrastive):", "class Other(Contrastive):")
-    assert host.main([*TINY, "--stages", "2", "--counts", "--against", str(copy)]) == 1
+    assert host.main([*TINY, "--stages", "2", "--counts", "--against", str(copy)]) == 2
     told = capsys.readouterr().err
     assert f"{copy}, stage 2: the step cannot be measured" in told and "cannot import name 'Pretraining'" in told
+
+
+def test_a_process_that_ends_between_two_questions_is_told():
+    args = host.arguments(["--preset", "tiny"])
+    with pytest.raises(host.HostError, match="its process ended"), host.Worker(measure.ROOT, 0, args) as worker:
+        worker.process.kill()
+        worker.process.wait()
+        worker.ask("step")
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import chips, predictions, suite
+from benchmarks import chips, predictions, regress, suite
 
 CASE = {"preset": "base", "batch": 64, "captions": "histogram"}
 
@@ -88,6 +88,31 @@ def test_the_suites_report_has_both_and_the_error(tmp_path, monkeypatch):
     assert "## Predicted at abc, and measured" in page
     assert "| ms, ours bf16, base, 64, histogram | 20 | 30 | +50.0 % | step |" in page
     assert len(json.loads((tmp_path / "suite.json").read_text())["predicted"]["rows"]) == 5
+
+
+def test_a_broken_file_is_named_and_what_is_measured_stays(tmp_path, monkeypatch):
+    (tmp_path / "predictions-x.json").write_text('{"commit": "x"}')
+    with pytest.raises(ValueError, match="predictions-x.json holds no predictions"):
+        predictions.newest(tmp_path)
+    newest = predictions.newest
+    monkeypatch.setattr(predictions, "newest", lambda: newest(tmp_path))
+    report = suite.Report(tmp_path, {"device": "NVIDIA H200", "commit": "def"})
+    report.add(LANES[0] | {"part": 2, "status": "passed", "seconds": 1.0, "output": "", "rows": [3]})
+    assert "Predictions: predictions-x.json holds no predictions" in (tmp_path / "suite.md").read_text()
+
+
+def test_rows_that_are_no_objects_are_passed_over():
+    lanes = [{"lane": "odd", "rows": [3, "text"]}, *LANES]
+    assert len(predictions.beside(PREDICTED, {"device": "NVIDIA H100 80GB HBM3"}, lanes)) == 5
+
+
+def test_predictions_are_of_the_step_that_the_baseline_counts():
+    """Otherwise the step has changed since: `python -m benchmarks.predictions`."""
+    ours = predictions.newest()["steps"][0]
+    counted = json.loads((regress.FOLDER / "cpu.json").read_text())["counts"]
+    assert (ours["contender"], ours["attention"], ours["preset"]) == ("ours bf16", "flash", "base")
+    for key, name, unit in (("launches", "launches", 1), ("gb", "bytes", 1e9), ("tflop", "FLOP", 1e12)):
+        assert ours[key] * unit == pytest.approx(counted[f"{name} a step on a GPU, base"]), key
 
 
 @pytest.mark.parametrize("card", chips.CHIPS)

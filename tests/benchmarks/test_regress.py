@@ -98,6 +98,32 @@ def test_little_more_or_less_than_what_is_committed_fails(name: str, more: float
         assert status == (regress.CHANGED if change else regress.PASSED)
 
 
+PLANTED = """
+import os, sys
+from benchmarks import fake_gpu, roofline
+fake_gpu.install()
+import torch
+from albef_ds.tasks.pretraining import Pretraining
+start = Pretraining.start_step
+Pretraining.start_step = lambda *a, **k: (start(*a, **k), torch.empty(125_000_000, device="cuda").neg_())
+status = roofline.main()
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def test_a_launch_and_a_gigabyte_put_into_the_step_fail_both(baseline: Path, monkeypatch, capsys):
+    monkeypatch.setattr(counts, "program", lambda module: ("-c", PLANTED))
+    now = json.loads(baseline.read_text())["counts"] | counts.gpu_counts("tiny")
+    monkeypatch.setattr(counts, "collect", lambda *_: now)
+    assert regress.main([*ARGUMENTS, "--baseline", str(baseline), "--json"]) == regress.CHANGED
+    found = json.loads(capsys.readouterr().out)["findings"]
+    changed = {f["name"]: (f["kind"], f["now"] - f["baseline"]) for f in found if f["kind"] != "same"}
+    assert changed.keys() == {f"{name} a step on a GPU, tiny" for name in ("launches", "bytes")}
+    assert changed["launches a step on a GPU, tiny"] == ("worse", 1)
+    assert changed["bytes a step on a GPU, tiny"] == ("worse", pytest.approx(1e9))
+
+
 def test_calls_are_compared_on_the_same_python_alone(baseline: Path):
     now = json.loads(baseline.read_text())
     then = copy.deepcopy(now)

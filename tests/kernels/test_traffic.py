@@ -16,7 +16,9 @@ from benchmarks.kernel_traffic import Problem
 @pytest.fixture(autouse=True)
 def interpreted(triton_runs):
     if not launch.interpreted():
-        pytest.skip("kernels are compiled for the GPU here: nothing can be counted in the interpreter")
+        pytest.skip(
+            "this process compiles its kernels for the GPU; what is counted is Triton's interpreter, on any CPU"
+        )
 
 
 @triton.jit
