@@ -119,7 +119,7 @@ def report(found: list[dict[int, dict]], folders: list[Path], settings: dict) ->
     result = {
         "environment": measure.environment(torch.device("cpu")),
         "settings": settings,
-        "imported from": first["imported from"],
+        "imported from": [os.path.relpath(place, measure.ROOT) for place in first["imported from"]],
         "trained tensors": first["trained tensors"],
         "stages": {str(stage): numbers(case) for stage, case in here.items()},
     }
