@@ -133,8 +133,9 @@ class LaunchCount(TorchDispatchMode):
             work = Work(1, sum(traffic.launches.values()), sum(traffic.least.values()))
             work.bf16_flops = passes * sum(traffic.flops.values())
         else:
+            operator = cuda_operators.as_on_gpu(operator, backward=self._phase == "backward")
             moved = cuda_operators.bytes_of(func, operator, given, result)
-            work = Work(1, cuda_operators.kernels_of(operator, given), moved)
+            work = Work(1, cuda_operators.kernels_of(operator, given, result), moved)
         if count := self._flops.get(func._overloadpacket):
             work.flops = count(*args, **kwargs, out_val=result)
             work.bf16_flops = work.bf16_flops or work.flops * (chips.TF32 if tensors[0].dtype == torch.float32 else 1)

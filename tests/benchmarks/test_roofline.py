@@ -33,6 +33,7 @@ with mode:
     words = torch.empty(4096, dtype=torch.int64, device="cuda")
     images, kernel = single(2, 3, 8, 8), single(6, 3, 4, 4)
     large = [single(325 * 65536), *(single(5) for _ in range(64))]
+    list_of = lambda number: [single(4) for _ in range(number)]
     qkv, bounds = half(10, 3, 2, 16), torch.empty(3, dtype=torch.int32, device="cuda")
     many = [single(70000) for _ in range(192)], [single(70000) for _ in range(192)]
     steps = {
@@ -54,6 +55,43 @@ with mode:
         "a number written": lambda: a.scatter_(1, rows.view(8, 1), 1.0),
         "rows added": lambda: x.index_add_(0, rows, y[:8]),
         "gradient of a row": lambda: aten.select_backward(y[0], [64, 32], 0, 3),
+        "gradient of a column": lambda: aten.select_backward(y[:, 0], [64, 32], 1, 3),
+        "gradient of rows": lambda: aten.slice_backward(y[:8], [64, 32], 0, 8, 16, 1),
+        "gradient of every other": lambda: aten.slice_backward(y[:8], [64, 32], 0, 8, 24, 2),
+        "gradient of columns": lambda: aten.slice_backward(y[:, :8], [64, 32], 1, 8, 16, 1),
+        "ends padded": lambda: aten.constant_pad_nd(y[0], [2, 1], 0.0),
+        "rows padded": lambda: aten.constant_pad_nd(y, [0, 0, 3, 0], 0.0),
+        "columns padded": lambda: aten.constant_pad_nd(y, [1, 0], 0.0),
+        "gradient of the loss": lambda: aten.nll_loss_backward(single(), y[:8], rows, None, 2, -100, single()),
+        "whole copy": lambda: x.copy_(y),
+        "turned copy": lambda: x.t().contiguous(),
+        "from the host": lambda: torch.ones(64, 32).to("cuda"),
+        "to the host": lambda: single(1).to("cpu"),
+        "shape of another": lambda: (x.new_zeros(3), torch.zeros_like(a)),
+        "onto a copy": lambda: x.index_copy(0, rows, y[:8]),
+        "added onto a copy": lambda: x.t().scatter_add(1, rows.view(1, 8), y[:1, :8]),
+        "places written": lambda: aten.index_put_(x, [rows], y[:8]),
+        "places added": lambda: aten.index_put_(x, [rows], y[:8], True),
+        "running sum": lambda: rows.cumsum(0),
+        "order": lambda: rows.sort(),
+        "norm backward": lambda: aten.native_layer_norm_backward(
+            y, x, [32], single(64, 1), single(64, 1), single(32), single(32), [True, True, True]
+        ),
+        "convolution backward": lambda: aten.convolution_backward(
+            single(2, 6, 5, 5), images, kernel, [6], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
+        ),
+        "adam": lambda: torch._fused_adamw_(
+            *(list_of(37) for _ in range(4)), [], [single() for _ in range(37)],
+            lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
+        ),
+        "lists multiplied": lambda: torch._foreach_mul_(list_of(111), 0.5),
+        "lists multiplied by their own": lambda: torch._foreach_mul_(list_of(97), [0.5] * 97),
+        "lists added": lambda: torch._foreach_add_(list_of(65), list_of(65)),
+        "lists added into others": lambda: torch._foreach_add(list_of(49), list_of(49)),
+        "lists blended by a list": lambda: torch._foreach_lerp_(list_of(49), list_of(49), list_of(49)),
+        "lists of two dtypes": lambda: torch._foreach_add_(list_of(5), [half(4) for _ in range(5)]),
+        "lists copied": lambda: torch._foreach_copy_(list_of(65), [half(4) for _ in range(65)]),
+        "norms": lambda: torch._foreach_norm(list_of(111)),
         "gradient of few lookups": lambda: aten.embedding_dense_backward(y[:8], rows, 64, -1, False),
         "gradient of many lookups": lambda: aten.embedding_dense_backward(single(4096, 4), words, 5, -1, False),
         "loss": lambda: aten.nll_loss_forward(y[:8], rows, None, 2, -100),
@@ -66,10 +104,17 @@ with mode:
         "attention": lambda: flash(qkv, bounds, 7),
         "attention, both ways": lambda: flash(qkv.requires_grad_(), bounds, 7).sum().backward(),
     }
+    leaf = single(64, 32).requires_grad_()
+    backward = {"lookup": leaf.index_select(0, rows), "places": leaf[rows]}
     with LaunchCount() as count:
         for name, step in steps.items():
             with count.phase(name):
                 step()
+    for name, looked_up in backward.items():
+        with LaunchCount() as count_backward, count_backward.phase("backward"):
+            looked_up.backward(y[:8])
+        leaf.grad = None
+        count.work |= {(name, operator): work for (_, operator), work in count_backward.work.items()}
 found = {name: [work.launches, work.bytes, work.flops, work.bf16_flops] for name, work in count.phases().items()}
 print(json.dumps(found), flush=True)
 os._exit(0)  # autograd's threads may let go of a tensor while Python ends, which aborts a process that is done
@@ -97,7 +142,42 @@ EXPECTED = {
     "ids written": [2, 8 * 99 + 8 * (2 * 8 + 8), 0, 0],  # zeros first
     "a number written": [1, 2 * 2 * 8 + 8 * 8, 0, 0],
     "rows added": [1, 3 * 4 * 8 * 32 + 8 * 8, 0, 0],
-    "gradient of a row": [2, 4 * (32 + ALL), 0, 0],
+    # Zeros, and a copy: of memory as it lies, or by a kernel.
+    "gradient of a row": [1, 4 * (32 + ALL), 0, 0],
+    "gradient of a column": [2, 4 * (64 + ALL), 0, 0],
+    "gradient of rows": [1, 4 * (8 * 32 + ALL), 0, 0],
+    "gradient of every other": [2, 4 * (8 * 32 + ALL), 0, 0],
+    "gradient of columns": [2, 4 * (64 * 8 + ALL), 0, 0],
+    "ends padded": [1, 4 * (32 + 35), 0, 0],
+    "rows padded": [1, 4 * (ALL + 67 * 32), 0, 0],
+    "columns padded": [2, 4 * (ALL + 64 * 33), 0, 0],
+    # Zeros, and of each row one number; the targets, the total weight and the loss's own gradient.
+    "gradient of the loss": [2, 4 * 8 + 8 * 8 + 4 * 8 * 32, 0, 0],
+    "whole copy": [0, 2 * 4 * ALL, 0, 0],
+    "turned copy": [1, 2 * 4 * ALL, 0, 0],
+    "from the host": [0, 2 * 4 * ALL, 0, 0],
+    "to the host": [0, 2 * 4, 0, 0],
+    "shape of another": [2, 4 * 3 + 2 * ALL, 0, 0],
+    "onto a copy": [1, 4 * (2 * ALL + 8 * 32) + 8 * 8, 0, 0],
+    "added onto a copy": [2, 4 * (2 * ALL + 8) + 8 * 8, 0, 0],  # of another order
+    "places written": [1, 2 * 4 * 8 * 32 + 8 * 8, 0, 0],
+    "places added": [6, 3 * 4 * 8 * 32 + 8 * 8, 0, 0],
+    "running sum": [2, 2 * 8 * 8, 0, 0],
+    "order": [2, 3 * 8 * 8, 0, 0],
+    "norm backward": [2, 4 * (2 * ALL + 2 * 64 + 2 * 32 + ALL + 2 * 32), 0, 0],
+    "convolution backward": [2, 4 * (2 * 6 * 25 + 2 * 3 * 64 + 6 * 48 + 6 * 48 + 6), CONVOLVED, 2 * CONVOLVED],
+    "adam": [2, 37 * 4 * (4 * 4 + 3 * 4 + 1), 0, 0],  # the gradients and the step's number are read alone
+    "lists multiplied": [2, 111 * 4 * 8, 0, 0],
+    "lists multiplied by their own": [2, 97 * 4 * 8, 0, 0],
+    "lists added": [2, 65 * 4 * 12, 0, 0],
+    "lists added into others": [2, 49 * 4 * 12, 0, 0],
+    "lists blended by a list": [2, 49 * 4 * 16, 0, 0],
+    "lists of two dtypes": [5, 5 * 4 * (4 + 2 + 4), 0, 0],  # one by one
+    "lists copied": [2, 65 * 4 * (2 + 4), 0, 0],
+    "norms": [3, 111 * 4 * 4 + 111 * 4, 0, 0],
+    # As with values: zeros, and the rows added to them, in place.
+    "lookup": [2, 4 * ALL + 3 * 4 * 8 * 32 + 8 * 8, 0, 0],
+    "places": [1 + 6, 4 * ALL + 3 * 4 * 8 * 32 + 8 * 8, 0, 0],
     "gradient of few lookups": [2, 4 * (8 * 32 + ALL) + 8 * 8, 0, 0],
     "gradient of many lookups": [5, 4 * (4096 * 4 + 5 * 4) + 8 * 4096, 0, 0],
     "loss": [1, 4 * 8 + 8 * 8 + 2 * 4, 0, 0],  # the loss and the total weight
