@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a folder for allocator-cpu.json")
+    parser.add_argument("--out", type=measure.folder, help="a folder for allocator-cpu.json")
     args = parser.parse_args()
     if optional.tcmalloc() is None:
         raise SystemExit("tcmalloc is not installed (Debian and Ubuntu: apt install libtcmalloc-minimal4)")

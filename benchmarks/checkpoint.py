@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from albef_ds.config import BatchPlan, CheckpointConfig, ModelConfig, OptimizerConfig, TextConfig, VisionConfig
+from benchmarks import measure
 
 SIZES = {
     "small": ModelConfig(
@@ -42,7 +43,7 @@ def build(size: str, device: str):
     return build_engine(task, OptimizerConfig(), engine_config({"zero_optimization": {"stage": 2}}, plan, clip=0.0))
 
 
-def measure(engine, folder: Path, saves: int, background: bool) -> dict[str, float]:
+def time_saves(engine, folder: Path, saves: int, background: bool) -> dict[str, float]:
     """Medians over `saves` saves; the first, which takes the memory for the copies, is left out."""
     from albef_ds.training.checkpoint import Checkpoints
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=measure.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=sorted(SIZES), default="base")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = build(args.size, args.device)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = {
-            name: measure(engine, Path(folder) / name, args.saves, background)
+            name: time_saves(engine, Path(folder) / name, args.saves, background)
             for name, background in (("background", True), ("waiting", False))
         }
     engine.destroy()

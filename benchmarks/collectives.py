@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from benchmarks import PRESETS, ROOT
 from benchmarks.fake_steps import PHASES, Order
 from benchmarks.rings import RULES, Asked
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS = ROOT / "ds_configs"
 WORLDS = (1, 8, 64, 512)
 WORKER = (sys.executable, "-W", "ignore", "-m", "benchmarks.fake_steps")
@@ -240,7 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", type=int, nargs="+", default=list(WORLDS), metavar="RANKS")
     parser.add_argument("--stage", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="in place of the file's")
     parser.add_argument("--deepspeed", nargs="+", default=available(), metavar="NAME", help="of files in ds_configs")
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=64, help="samples a rank; whole eights")
     parser.add_argument("--ranks", type=int, default=2, help="how many are compared, from the first to the last")
     parser.add_argument("--scatter", action="store_true", help="use_multi_rank_bucket_allreduce: false")

@@ -17,7 +17,6 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -113,13 +112,13 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    parser.add_argument("--device")
+    parser.add_argument("--device", type=measure.device)
     parser.add_argument("--sizes", nargs="+", default=["demo", "base"], choices=SIZES)
     parser.add_argument("--batch", type=int, help="samples a step; default 32 of the demo's, 4 of others, on a CPU")
     parser.add_argument("--seconds", type=float, default=60.0, help="for one size, compiling not counted")
     parser.add_argument("--least", type=int, default=6, help="rounds of a size at least")
     parser.add_argument("--lengths", type=int, default=6, help="batches of differing lengths")
-    parser.add_argument("--out", type=Path, help="folder that keeps each size as soon as it is measured")
+    parser.add_argument("--out", type=measure.folder, help="folder that keeps each size as soon as it is measured")
     args = parser.parse_args(argv)
     device = measure.pick_device(args.device)
     kept = measure.Rows(args.out and args.out / "compile.jsonl")

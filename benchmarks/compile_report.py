@@ -157,7 +157,9 @@ def main(argv=None) -> int:
     quick = "ALBEF's own D = 256 in bf16 and fp32 alone; on chips of 99 KB of shared memory the widest features alone"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    parser.add_argument("--out", type=Path, help="folder that keeps each row as soon as its kernel is compiled")
+    parser.add_argument(
+        "--out", type=measure.folder, help="folder that keeps each row as soon as its kernel is compiled"
+    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)

@@ -146,14 +146,14 @@ def counted_apart(preset: str) -> dict[str, float]:
 
 def gpu_counts(preset: str) -> dict[str, float]:
     """Of one step on a GPU that is not there: launches, bytes and FLOPs (benchmarks.roofline)."""
-    ours = asked("roofline", "--preset", preset, "--contenders", "ours")["ours"]
+    ours = answer_of("roofline", "--preset", preset, "--contenders", "ours")["ours"]
     of = f"a step on a GPU, {preset}"
     return {f"launches {of}": ours["launches"], f"bytes {of}": 1e9 * ours["gb"], f"FLOP {of}": 1e12 * ours["tflop"]}
 
 
 def host_counts(preset: str) -> dict[str, float]:
     """Of one step under DeepSpeed, plain and as ZeRO-2 (benchmarks.host)."""
-    stages = asked("host", "--counts", "--preset", preset, "--stages", "0", "2")["stages"]
+    stages = answer_of("host", "--counts", "--preset", preset, "--stages", "0", "2")["stages"]
     names = {"python calls": PYTHON_CALLS, "python calls in deepspeed": f"{PYTHON_CALLS} in DeepSpeed"}
     names |= {"operators": "operators under DeepSpeed"}
     return {
@@ -166,18 +166,22 @@ def host_counts(preset: str) -> dict[str, float]:
 def collective_counts(preset: str, world: int = 8) -> dict[str, float]:
     """Of one rank of many under ZeRO-2 (benchmarks.collectives)."""
     case = ("--world", str(world), "--stage", "2", "--deepspeed", "zero2_a100_80gb", "--preset", preset)
-    (row,) = asked("collectives", *case)["rows"]
+    (row,) = answer_of("collectives", *case, statuses=(0, 1))["rows"]
     return {
+        f"ranks that differ in their collectives, {world} ranks, {preset}": int(row["difference"] is not None),
         f"collectives a step, {world} ranks, {preset}": row["collectives a step"],
         f"bytes handed to collectives a step, {world} ranks, {preset}": row["bytes a step"],
     }
 
 
-def asked(module: str, *arguments: str) -> dict:
+def answer_of(module: str, *arguments: str, statuses: tuple[int, ...] = (0,)) -> dict:
     """The JSON that a command of this folder prints.
 
+    Args:
+        statuses: with which it may end.
+
     Raises:
-        CountingError: it failed; with the end of what it said.
+        CountingError: it failed, or took too long; with the end of what it said.
     """
     command = [sys.executable, "-W", "ignore", *program(module), "--json", *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -185,13 +189,17 @@ def asked(module: str, *arguments: str) -> dict:
         done = subprocess.run(command, capture_output=True, text=True, cwd=measure.ROOT, env=variables, timeout=LONGEST)
     except subprocess.TimeoutExpired:
         raise CountingError(f"benchmarks.{module} was not done after {LONGEST} s") from None
-    if done.returncode:
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:  # it ended before it had anything to print
+        found = None
+    if done.returncode not in statuses or found is None:
         raise CountingError(f"benchmarks.{module} failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)
+    return found
 
 
 def program(module: str) -> tuple[str, ...]:
-    """What Python is asked to run; a test puts a change of the step before it."""
+    """What Python is asked to run; a function of its own, for a test to plant a change of the step before it."""
     return "-m", f"benchmarks.{module}"
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -68,7 +67,7 @@ def steps() -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, help="a folder for cpu-attention.json")
+    parser.add_argument("--out", type=measure.folder, help="a folder for cpu-attention.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cpu")

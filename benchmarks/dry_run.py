@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     default = "zero2_h100" if torch.cuda.is_available() else "zero2_cpu"
     parser.add_argument("--deepspeed", default=default, help=f"a file of ds_configs; here {default}")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=measure.folder)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         status, text = dry_run(args.batch, args.deepspeed, Path(folder))

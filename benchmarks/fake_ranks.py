@@ -31,10 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import fake_streams
+from benchmarks import ROOT, fake_streams
 from benchmarks.fake_streams import Order, memory_of, tensors_in, written_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 aten = torch.ops.aten
 

@@ -19,7 +19,7 @@ import torch
 from albef_ds.config import ModelConfig
 from albef_ds.data.batch import PretrainingBatch
 from albef_ds.tasks.pretraining import Pretraining
-from benchmarks import measure, workload
+from benchmarks import PRESETS, measure, workload
 from benchmarks.counting import count_flops
 from benchmarks.reference import PaddedBatch, ReferenceALBEF
 
@@ -99,7 +99,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     args = parser.parse_args(argv)
     found = report(args.preset, args.batch)
     if args.json:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, other_checkout
+from benchmarks import PRESETS, measure, other_checkout
 from benchmarks.collectives import available
 from benchmarks.comparison import LEAST_PAIRS, paired_ratio
 
@@ -73,10 +73,10 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self.process.wait()
+            code = self.process.wait()
             self.log.seek(0)
             last = "\n  ".join(self.log.read().decode(errors="replace").strip().splitlines()[-3:])
-            raise HostError(f"{self.name}: the step cannot be measured, its process ended with:\n  {last}")
+            raise HostError(f"{self.name}: the step cannot be measured, its process ended with {code}:\n  {last}")
         return json.loads(answer)
 
     def __enter__(self) -> Worker:
@@ -115,9 +115,8 @@ def report(found: list[dict[int, dict]], folders: list[Path], settings: dict) ->
     """The result as it is printed and kept."""
     here = found[0]
     first = next(iter(here.values()))
-    torch.set_num_threads(1)  # as the processes had it
     result = {
-        "environment": measure.environment(torch.device("cpu")),
+        "environment": measure.environment(torch.device("cpu")) | {"threads": 1},  # as the processes had it
         "settings": settings,
         "imported from": [os.path.relpath(place, measure.ROOT) for place in first["imported from"]],
         "trained tensors": first["trained tensors"],
@@ -205,7 +204,7 @@ def compared(other: dict) -> tuple[list[dict], list[str]]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"), help="whose depth")
+    parser.add_argument("--preset", default="base", choices=PRESETS, help="whose depth")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2], choices=(0, 1, 2))
     parser.add_argument("--counts", action="store_true", help="count, and time nothing")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this project")

@@ -130,7 +130,7 @@ def contrastive(problem: Problem, plan: Plan) -> Traffic:
         _run_contrastive(problem, plan, columns * width, splits) for columns, splits in ((1, 1), (2, 1), (2, 2))
     )
     whole = Traffic()
-    whole.launches = short.launches
+    whole.launches.update(short.launches)
     for counter in ("asked", "least", "flops"):
         once, twice, apart = (getattr(run, counter) for run in (short, longer, divided))
         for kernel, moved in once.items():

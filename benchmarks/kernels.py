@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -203,8 +202,10 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
-    parser.add_argument("--device", help="cuda, cuda:1 or cpu; default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="also write kernels.jsonl, .json, .md and .png into this folder")
+    parser.add_argument("--device", type=measure.device, help="cuda, cuda:1 or cpu; default: the GPU if there is one")
+    parser.add_argument(
+        "--out", type=measure.folder, help="also write kernels.jsonl, .json, .md and .png into this folder"
+    )
     parser.add_argument("--batches", type=int, nargs="+", help=f"default {BATCHES}; on a CPU 16 64")
     parser.add_argument("--lengths", type=int, nargs="+", help=f"default {LENGTHS}; on a CPU 4096")
     parser.add_argument("--dim", type=int, default=256)

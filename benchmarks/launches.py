@@ -96,7 +96,7 @@ class LaunchCount(TorchDispatchMode):
         """The work by what it is for, what costs most bytes first."""
         found: dict[str, Work] = defaultdict(Work)
         for (phase, operator), work in self.work.items():
-            if work.launches:
+            if work.launches or work.bytes:
                 found[phase if phase in PHASE_GROUPS else GROUP_OF.get(operator, ELEMENTWISE)] += work
         return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
 

@@ -41,8 +41,8 @@ from albef_ds.data.files import write_atomically
 from albef_ds.data.shard_order import ShardOrder
 from albef_ds.data.text_pipeline import TextPipeline
 from albef_ds.data.torch_loader import PretrainingLoader
+from benchmarks import PRESETS, measure, workload
 from benchmarks import loader_rivals as rivals
-from benchmarks import measure, workload
 from benchmarks.feeding import failure, feed_step, started
 
 Starts = dict[str, Callable[[], Iterator]]  # {name: what starts it}; each yields batches endlessly
@@ -258,7 +258,7 @@ def report(result: dict) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.loader", description="How fast training data come.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--device", type=measure.device, help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2, help="processes, or DALI's threads")
@@ -268,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--without-randaugment", action="store_true")
     parser.add_argument("--step-ms", type=float, help="also: how long steps of this length wait")
     parser.add_argument("--feed-step", action="store_true", help="also: what a training step loses to loading")
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"), help="of that step's model")
+    parser.add_argument("--preset", default="base", choices=PRESETS, help="of that step's model")
     parser.add_argument("--lanes", nargs="+", choices=LANES, default=LANES, help="no others")
     parser.add_argument("--out", type=Path, help="also write there: FILE.json and FILE.jsonl, or both in a folder")
     return parser.parse_args(argv)

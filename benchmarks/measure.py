@@ -21,10 +21,10 @@ from typing import BinaryIO
 import torch
 
 from albef_ds.data.files import write_atomically
+from benchmarks import ROOT
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "transformers", "flash-attn", "liger-kernel", "inf-cl")
 CYCLES = 2_500_000  # of the fastest GPUs' clocks in a millisecond; on a slower one a head start is longer
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -35,6 +35,17 @@ def pick_device(name: str | None = None) -> torch.device:
     if device.index:
         torch.cuda.set_device(device)  # events are recorded on the current GPU, whichever computes
     return device
+
+
+def device(text: str) -> str:
+    """A device, as the type of a command line's argument."""
+    try:
+        kind = pick_device(text).type
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    if kind not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    return text
 
 
 def environment(device: torch.device) -> dict:
@@ -195,10 +206,13 @@ def publish(result: dict, folder: Path | None, name: str) -> None:
 
 
 def folder(text: str) -> Path:
-    """A folder for results, as the type of a command line's argument: it need not be there, but a file must not."""
+    """A folder for results, as the type of a command line's argument: it need not be there yet, but must be able to."""
     path = Path(text)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a file, and a folder is needed")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file, and a folder is needed")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written into")
     return path
 
 

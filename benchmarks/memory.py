@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import contenders, measure, workload
+from benchmarks import PRESETS, contenders, measure, workload
 
 
 def resident_bytes() -> int:
@@ -67,10 +67,10 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--contender", required=True, choices=contenders.NAMES)
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--captions", default="mean14", choices=workload.CAPTIONS)
-    parser.add_argument("--device")
+    parser.add_argument("--device", type=measure.device)
     parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args(argv)
     device = measure.pick_device(args.device)

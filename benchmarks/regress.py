@@ -24,8 +24,9 @@ import sys
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ValidationError
 
-from benchmarks import contenders, counts, history, measure, workload
+from benchmarks import PRESETS, contenders, counts, history, measure, workload
 from benchmarks.comparison import Finding, Interval, judge_counts, judge_time, paired_ratio, self_test
 from benchmarks.step import with_cpu_time
 
@@ -43,14 +44,35 @@ def device_key(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "_", measure.device_name(device).lower()).strip("_")
 
 
-def measured(device: torch.device, preset: str, timed: bool, instructions: bool, seconds: float) -> dict:
-    """Everything that a baseline holds."""
+def conditions(device: torch.device, preset: str) -> dict:
+    """What a baseline is for, and where it was measured."""
     environment = measure.environment(device)
     versions = {name: (environment["packages"].get(name) or "none").split("+")[0] for name in VERSIONS}
-    found = {"device": device_key(device), "versions": versions, "preset": preset, "environment": environment}
-    found["counts"] = counts.collect(device, preset, instructions)
-    found["times"] = time_ratios(device, seconds) if timed else {}
-    return found
+    return {"device": device_key(device), "versions": versions, "preset": preset, "environment": environment}
+
+
+def measured(device: torch.device, preset: str, timed: bool, instructions: bool, seconds: float) -> dict:
+    """The rest of what a baseline holds."""
+    found = {"counts": counts.collect(device, preset, instructions)}
+    return found | {"times": time_ratios(device, seconds) if timed else {}}
+
+
+def read_baseline(path: Path) -> dict:
+    """
+    Raises:
+        NoBaseline: there is none, or the file holds something else.
+    """
+    try:
+        baseline = Baseline.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise NoBaseline(f"{path.name} does not exist; --record on this device writes it") from None
+    except OSError as error:
+        raise NoBaseline(f"{path.name} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise NoBaseline(f"{path.name} is none: {where}: {first['msg']}; --record writes it anew") from None
+    return baseline.model_dump()
 
 
 def time_ratios(device: torch.device, seconds: float) -> dict[str, dict]:
@@ -71,6 +93,30 @@ def in_turns(calls: dict, device: torch.device, seconds: float, least: int) -> d
     timed = {name: with_cpu_time(call, used[name]) for name, call in calls.items()}
     samples = measure.interleaved(timed, device, seconds, least=least, warmup=warmup)
     return samples if device.type == "cuda" else {name: times[warmup:] for name, times in used.items()}
+
+
+class NoBaseline(Exception):
+    """There is nothing that may be compared with; says why."""
+
+
+class Median(BaseModel, extra="allow"):
+    median: float
+
+
+class Environment(BaseModel, extra="allow"):
+    python: str
+    device: str
+
+
+class Baseline(BaseModel):
+    """What `--record` writes."""
+
+    device: str
+    versions: dict[str, str]
+    preset: str
+    environment: Environment
+    counts: dict[str, float | None]
+    times: dict[str, Median]
 
 
 def why_no_baseline(now: dict, baseline: dict) -> str | None:
@@ -133,26 +179,25 @@ def busy_step(device: torch.device, seconds: float):
 
 def check(args, device: torch.device) -> int:
     path = args.baseline or FOLDER / f"{device_key(device)}.json"
-    if not args.record and not path.is_file():
-        print(f"no baseline: {path.name} does not exist; --record on this device writes it", file=sys.stderr)
-        return NO_BASELINE
+    now = conditions(device, args.preset)
     try:
-        now = measured(device, args.preset, not args.counts_only, args.instructions, args.seconds)
+        baseline = None if args.record else read_baseline(path)
+        if baseline and (reason := why_no_baseline(now, baseline)):
+            raise NoBaseline(f"{path.name}: {reason}")
+        now |= measured(device, args.preset, not args.counts_only, args.instructions, args.seconds)
+    except NoBaseline as error:
+        print(f"no baseline: {error}", file=sys.stderr)
+        return NO_BASELINE
     except counts.CountingError as error:
         print(f"nothing to compare with a baseline: {error}", file=sys.stderr)
         return NO_BASELINE
     if args.results:
         history.add(args.results, now)
-    if args.record:
+    if baseline is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=1) + "\n")
         print(f"recorded {path.name}: commit it together with what explains it")
         return PASSED
-    baseline = json.loads(path.read_text())
-    reason = why_no_baseline(now, baseline)
-    if reason:
-        print(f"no baseline: {path.name}: {reason}", file=sys.stderr)
-        return NO_BASELINE
     findings, left = compare(now, baseline, device.type)
     status = verdict(findings, left)
     if args.json:
@@ -169,14 +214,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--record", action="store_true", help="write the baseline in place of comparing")
-    parser.add_argument("--device")
-    parser.add_argument(
-        "--preset", default="base", choices=("base", "small", "tiny"), help="model whose FLOPs are counted"
-    )
+    parser.add_argument("--device", type=measure.device)
+    parser.add_argument("--preset", default="base", choices=PRESETS, help="model whose FLOPs are counted")
     parser.add_argument("--counts-only", action="store_true", help="no times: for machines that are shared")
     parser.add_argument("--instructions", action="store_true", help="count instructions under valgrind too (minutes)")
     parser.add_argument("--seconds", type=float, default=40.0, help="for the timed comparison")
-    parser.add_argument("--results", type=Path, help="folder that keeps this measurement for the history")
+    parser.add_argument("--results", type=measure.folder, help="folder that keeps this measurement for the history")
     parser.add_argument("--self-test", action="store_true")
     parser.add_argument("--history", action="store_true")
     parser.add_argument("--json", action="store_true")

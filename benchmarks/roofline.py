@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import fake_gpu
+from benchmarks import CAPTIONS, PRESETS, fake_gpu
 
 if TYPE_CHECKING:
     from albef_ds.config import ModelConfig
@@ -226,9 +226,9 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, help="folder for roofline.json, roofline.md and roofline.png")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that know the task")
     parser.add_argument("--task", default="pretraining", choices=TASKS)
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--captions", default="histogram", choices=("histogram", "mean14", "full"))
+    parser.add_argument("--captions", default="histogram", choices=CAPTIONS)
     parser.add_argument("--backend", default="flash", choices=BACKENDS, help="of ours")
     parser.add_argument("--pixels", type=int, help="default: the preset's")
     parser.add_argument("--dropout", type=float, default=0.1, help="of texts")

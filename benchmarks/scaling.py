@@ -27,7 +27,7 @@ import torch
 from albef_ds.config import ModelConfig
 from albef_ds.tasks.pretraining import Pretraining
 from albef_ds.training.peak_flops import peak_flops_by_name
-from benchmarks import collectives, flops, measure, workload
+from benchmarks import PRESETS, collectives, flops, measure, workload
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 NODE = 8
@@ -180,6 +180,7 @@ def report(preset: str, batch: int, step_ms: float | None, source: str) -> dict:
         rows[reduce].append({**asdict(row), "state_gib": row.state_gib, "on paper": asdict(paper)})
         differences += [f"{reduce}, ZeRO-{stage}, {world} GPUs: {each}" for each in found.differences(paper)]
     return {
+        "environment": measure.environment(torch.device("cpu")),
         "counted": f"bytes and collectives, by benchmarks.collectives on {CONFIGURATION}",
         "calculated": "everything else but compute_ms",
         "bytes off paper by more than 0.1 %": differences,
@@ -200,12 +201,16 @@ def measured_step(path: Path, batch: int) -> tuple[float, str]:
         ValueError: the file holds no such measurement, or it is not an A100's.
     """
     found = json.loads(path.read_text())
-    device = found["environment"]["device"]
+    try:
+        device = found["environment"]["device"]
+        ours = [row for row in found["steps"] if row["contender"] == "ours bf16" and "median" in row]
+        measured = [(row["median"], row["captions"]) for row in ours if row.get("batch") == batch]
+    except (KeyError, TypeError):
+        raise ValueError(f"{path.name} is no result of benchmarks.step") from None
     if CHIP not in device:
         raise ValueError(f"{path.name} was measured on {device}, these are {CHIP}s")
-    for row in found["steps"]:
-        if row["contender"] == "ours bf16" and row.get("batch") == batch and "median" in row:
-            return row["median"], f"measured: {path.name}, {device}, captions {row['captions']}"
+    for milliseconds, captions in measured:
+        return milliseconds, f"measured: {path.name}, {device}, captions {captions}"
     raise ValueError(f"{path.name} holds no step of ours at {batch} samples")
 
 
@@ -273,13 +278,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=measure.folder, help="folder for scaling.json, scaling.md and scaling.png")
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=64, help="samples a GPU")
     parser.add_argument("--step-ms", type=float, help="measured step of one GPU without communication")
     parser.add_argument("--step-json", type=Path, help="result of benchmarks.step on that GPU")
     args = parser.parse_args(argv)
     if args.batch < 8 or args.batch % 8:
         parser.error(f"--batch is {args.batch}, and captions come in whole eights: give 8, 16, ...")
+    if args.step_ms is not None and args.step_ms <= 0:
+        parser.error(f"--step-ms must be more than 0, got {args.step_ms:g}")
     step_ms, source = args.step_ms, "measured, given by --step-ms"
     if args.step_json:
         try:

@@ -26,7 +26,7 @@ import torch
 from albef_ds.data.files import write_atomically
 from albef_ds.training.flops import FlopCount
 from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
-from benchmarks import batch_sizes, contenders, counts, measure, memory, workload
+from benchmarks import PRESETS, batch_sizes, contenders, counts, measure, memory, workload
 
 # What is compared in one process: on a CPU no more than fits into memory beside each other.
 GROUPS = {
@@ -199,8 +199,8 @@ def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    parser.add_argument("--device")
-    parser.add_argument("--preset", default="base", choices=("base", "small", "tiny"))
+    parser.add_argument("--device", type=measure.device)
+    parser.add_argument("--preset", default="base", choices=PRESETS)
     parser.add_argument("--batch", type=int, help="samples a step; default 4 on a CPU, 64 on a GPU")
     parser.add_argument("--captions", nargs="+", default=["histogram", "full"], choices=workload.CAPTIONS)
     parser.add_argument("--contenders", nargs="+", choices=contenders.NAMES, help="one group to compare")
@@ -214,7 +214,7 @@ def main(argv=None) -> int:
     parser.add_argument("--only-sizes", action="store_true", help="these alone")
     parser.add_argument("--sizes-minutes", type=float, default=4.0, help="for all batch sizes")
     parser.add_argument("--profile", action="store_true", help="trace the first contender")
-    parser.add_argument("--out", type=Path, help="folder for step.jsonl, step.json, step.md and the profile")
+    parser.add_argument("--out", type=measure.folder, help="folder for step.jsonl, step.json, step.md and the profile")
     args = parser.parse_args(argv)
     result = report(args, lambda text: print(text, file=sys.stderr, flush=True))
     write(result, args.out)

@@ -231,7 +231,7 @@ def markdown(environment: dict, rows: list[dict], predicted: dict) -> str:
 def main(argv=None) -> int:
     """The command line in this file's head."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=measure.folder, required=True)
     parser.add_argument("--part", type=int, nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, help="for all lanes; default: ten a part")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one, the first")

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 MAPPED = {"albef_ds.kernels": "kernels"}  # as setup.py's package_dir has it
 NEEDED = ("albef_ds.train", "timm", "transformers", "tensorboard", "matplotlib", "pytest", "hypothesis", "scipy")
 STARTED_BY_PYTHON = '''"""Shows Python the folders of a checkout that an installation would map."""

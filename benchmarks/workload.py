@@ -13,11 +13,11 @@ import torch
 from albef_ds.config import ModelConfig, TextConfig, VisionConfig
 from albef_ds.data.batch import LabelledBatch, Movable, PackedText, PairBatch, PretrainingBatch, QuestionBatch
 from albef_ds.data.masking import mask_tokens
+from benchmarks import CAPTIONS, PRESETS
 
 HISTOGRAM = Path(__file__).parent / "captions_histogram.json"
 MAX_TOKENS = 25  # the reference cuts captions there while pre-training
 MEAN_14 = (9, 10, 11, 12, 13, 15, 17, 25)  # 8 captions, 112 tokens, the longest full: what a padded batch looks like
-CAPTIONS = ("histogram", "mean14", "full")
 MASKED = 0.15
 ANSWERS = ([101, 7, 9, 102], [101, 8, 102], [101, 5, 5, 6, 102])  # of every question
 
@@ -35,7 +35,7 @@ def preset(name: str, dropout: float = 0.1) -> ModelConfig:
         vision = VisionConfig(image_size=64, width=48, layers=2, heads=3)
         text = TextConfig(vocab_size=503, width=48, layers=4, fusion_layer=2, heads=3, mlp_width=96, **rates)
         return ModelConfig(vision=vision, text=text, embed_dim=32, queue_size=128)
-    raise ValueError(f"unknown preset {name!r}; choose base, small or tiny")
+    raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
 
 
 def lengths_of(captions: str, batch: int, seed: int = 0) -> list[int]:

@@ -67,7 +67,7 @@ def test_a_checkout_that_does_not_fit_is_told_with_its_error(copy: Path, capsys)
 
 def test_a_process_that_ends_between_two_questions_is_told():
     args = host.arguments(["--preset", "tiny"])
-    with pytest.raises(host.HostError, match="its process ended"), host.Worker(measure.ROOT, 0, args) as worker:
+    with pytest.raises(host.HostError, match="its process ended with -9"), host.Worker(measure.ROOT, 0, args) as worker:
         worker.process.kill()
         worker.process.wait()
         worker.ask("step")

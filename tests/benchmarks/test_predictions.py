@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks import chips, predictions, regress, suite
+from benchmarks import chips, measure, predictions, regress, suite
+from benchmarks import step as step_benchmark
 
 CASE = {"preset": "base", "batch": 64, "captions": "histogram"}
 
@@ -74,7 +77,8 @@ def test_a_card_that_was_not_predicted_has_none():
 def test_the_newest_counts(tmp_path):
     assert predictions.newest(tmp_path) is None
     for commit, time in (("b", "2026-01-02"), ("a", "2026-01-03"), ("c", "2026-01-01")):
-        (tmp_path / f"predictions-{commit}.json").write_text(json.dumps({"commit": commit, "time": time}))
+        found = PREDICTED | {"commit": commit, "time": time}
+        (tmp_path / f"predictions-{commit}.json").write_text(json.dumps(found))
     assert predictions.newest(tmp_path)["commit"] == "a"
 
 
@@ -90,8 +94,23 @@ def test_the_suites_report_has_both_and_the_error(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "suite.json").read_text())["predicted"]["rows"]) == 5
 
 
-def test_a_broken_file_is_named_and_what_is_measured_stays(tmp_path, monkeypatch):
-    (tmp_path / "predictions-x.json").write_text('{"commit": "x"}')
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        "[1]",
+        '{"commit": "x"}',
+        json.dumps({"commit": "x", "time": "9"}),
+        json.dumps({**PREDICTED, "time": 9}),
+        json.dumps({**PREDICTED, "commit": None}),
+        json.dumps({**PREDICTED, "steps": [{"contender": "ours bf16"}]}),
+        json.dumps({**PREDICTED, "steps": [step("ours bf16", 0)]}),
+        json.dumps({**PREDICTED, "kernels": [{"contender": "ours triton fp32", "launches": 5, "ms": {"H200": 0}}]}),
+    ],
+)
+def test_a_broken_file_is_named_and_what_is_measured_stays(tmp_path, monkeypatch, broken):
+    (tmp_path / "predictions-a.json").write_text(json.dumps(PREDICTED))
+    (tmp_path / "predictions-x.json").write_text(broken)
     with pytest.raises(ValueError, match="predictions-x.json holds no predictions"):
         predictions.newest(tmp_path)
     newest = predictions.newest
@@ -106,8 +125,41 @@ def test_rows_that_are_no_objects_are_passed_over():
     assert len(predictions.beside(PREDICTED, {"device": "NVIDIA H100 80GB HBM3"}, lanes)) == 5
 
 
+def test_a_card_that_the_file_does_not_have_yet_is_left_out():
+    older = json.loads(json.dumps(PREDICTED))
+    for row in (*older["steps"], *older["kernels"]):
+        row["ms"].pop("H100", None)
+    rows = predictions.beside(older, {"device": "NVIDIA H100 80GB HBM3"}, LANES)
+    assert [row["what"].split(",")[0] for row in rows] == ["launches", "TFLOP", "launches"]
+
+
+WITHOUT = """
+import sys
+for name in ("deepspeed", "matplotlib", "PIL", "pydantic", "timm", "transformers", "triton", "yaml"):
+    sys.modules[name] = None
+from benchmarks import predictions, suite
+assert predictions.newest()
+"""
+
+
+def test_a_bare_machine_reads_predictions_before_the_suite_has_installed_anything():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=measure.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_rows_of_a_real_benchmark_are_found(tmp_path):
+    """Its rows have the names that predictions look for."""
+    arguments = ["--preset", "tiny", "--batch", "4", "--captions", "histogram", "--contenders", "ours bf16"]
+    assert step_benchmark.main([*arguments, "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    expected = [step("ours bf16", 100, attention="varlen", preset="tiny", batch=4)]
+    lanes = [{"lane": "step", "rows": suite.rows_of(tmp_path)}]
+    rows = predictions.beside(PREDICTED | {"steps": expected, "kernels": []}, {"device": "NVIDIA H100"}, lanes)
+    assert [row["what"] for row in rows] == [f"{name}, ours bf16, tiny, 4, histogram" for name in ("ms", "TFLOP")]
+
+
 def test_predictions_are_of_the_step_that_the_baseline_counts():
-    """Otherwise the step has changed since: `python -m benchmarks.predictions`."""
+    """Otherwise the step has changed since: `python -m benchmarks.predictions`. Of the tiny steps, the rivals' among
+    them, tests/benchmarks/test_roofline.py says the same."""
     ours = predictions.newest()["steps"][0]
     counted = json.loads((regress.FOLDER / "cpu.json").read_text())["counts"]
     assert (ours["contender"], ours["attention"], ours["preset"]) == ("ours bf16", "flash", "base")

@@ -46,7 +46,8 @@ def test_counts_are_whole_and_repeat(collected: dict):
     assert collected["collectives a step, 8 ranks, tiny"] > 0
     assert collected["launches a step on a GPU, tiny"] > 1000
     missing = {name for name, value in collected.items() if value is None}
-    assert all("GPU" in name or "kernel launches" in name or "instructions" in name for name in missing)
+    on_a_gpu = {"waits for the GPU a step", "kernel launches a step"}
+    assert missing == on_a_gpu | {f"instructions: {name}" for name in counts.INSTRUCTIONS}
 
 
 def test_zero_costs_calls_of_every_trained_tensor(collected: dict):
@@ -149,11 +150,69 @@ def test_no_file_is_no_baseline(tmp_path: Path):
 
 def test_what_cannot_be_counted_here_is_no_pass(baseline: Path, monkeypatch, capsys):
     def fails(*_):
-        return counts.asked("roofline", "--batch", "0")
+        return counts.answer_of("roofline", "--batch", "0")
 
     monkeypatch.setattr(counts, "collect", fails)
     assert regress.main([*ARGUMENTS, "--baseline", str(baseline)]) == regress.NO_BASELINE
     assert "benchmarks.roofline failed" in (said := capsys.readouterr().err) and "--batch must be at least 1" in said
+
+
+def test_what_takes_too_long_is_no_pass(monkeypatch):
+    monkeypatch.setattr(counts, "LONGEST", 0.01)
+    with pytest.raises(counts.CountingError, match="benchmarks.roofline was not done after 0.01 s"):
+        counts.answer_of("roofline")
+
+
+DIFFERING = """
+import json, sys
+row = {"collectives a step": 3, "bytes a step": 9, "difference": "rank 7: an all_gather more"}
+print(json.dumps({"rows": [row]}))
+sys.exit(1)
+"""
+
+
+def test_ranks_that_differ_are_a_change(baseline: Path, monkeypatch):
+    committed = json.loads(baseline.read_text())["counts"]
+    name = "ranks that differ in their collectives, 8 ranks, tiny"
+    assert committed[name] == 0
+    monkeypatch.setattr(counts, "program", lambda module: ("-c", DIFFERING))
+    assert (now := counts.collective_counts("tiny"))[name] == 1
+    monkeypatch.setattr(counts, "collect", lambda *_: committed | {name: now[name]})
+    assert regress.main([*ARGUMENTS, "--baseline", str(baseline)]) == regress.CHANGED
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "the file"),
+        ("{}", "device"),
+        (None, "times"),
+    ],
+)
+def test_a_file_that_is_no_baseline_is_told_before_anything_is_counted(baseline: Path, monkeypatch, capsys, text, said):
+    monkeypatch.setattr(counts, "collect", lambda *_: pytest.fail("counted"))
+    if text is None:
+        text = json.dumps({key: value for key, value in json.loads(baseline.read_text()).items() if key != "times"})
+    baseline.write_text(text)
+    assert regress.main([*ARGUMENTS, "--baseline", str(baseline)]) == regress.NO_BASELINE
+    assert "no baseline: cpu.json is none: " in (told := capsys.readouterr().err) and said in told
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--device", "cuda"], "torch sees no GPU"),
+        (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "neither cpu nor cuda"),
+        (["--results", __file__], "is a file, and a folder is needed"),
+    ],
+)
+def test_what_cannot_be_asked_for_ends_with_2(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        regress.main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_times_of_another_chip_are_not_compared(baseline: Path):

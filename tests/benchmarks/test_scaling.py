@@ -53,7 +53,23 @@ def test_a_report_becomes_tables_and_a_picture(found: dict, tmp_path, monkeypatc
     assert (tmp_path / "scaling.png").stat().st_size > 0
 
 
-def test_a_batch_of_no_whole_eights_is_refused(capsys):
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--batch", "60"], "--batch is 60"),
+        (["--step-ms", "-5"], "--step-ms must be more than 0, got -5"),
+        (["--step-json", "none.json"], "No such file"),
+        (["--step-json", "{}"], "is no result of benchmarks.step"),
+        (["--step-json", "[1]"], "is no result of benchmarks.step"),
+        (["--step-json", '{"environment": {"device": "AMD EPYC"}, "steps": []}'], "was measured on AMD EPYC"),
+        (["--step-json", '{"environment": {"device": "NVIDIA A100"}, "steps": []}'], "holds no step of ours at 64"),
+    ],
+)
+def test_what_cannot_be_calculated_is_refused(arguments, said, tmp_path, capsys):
+    option, value = arguments
+    if value[0] in "[{":
+        (tmp_path / "step.json").write_text(value)
+        value = str(tmp_path / "step.json")
     with pytest.raises(SystemExit) as ended:
-        scaling.main(["--batch", "60"])
-    assert ended.value.code == 2 and "--batch is 60" in capsys.readouterr().err
+        scaling.main([option, value])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
