@@ -7,4 +7,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout's top folder
 PRESETS = ("base", "small", "tiny")  # models; the first is the published one (workload.preset)
+PHASES = ("teacher", "forward", "backward", "optimiser", "queue")  # of a step, in order
 CAPTIONS = ("histogram", "mean14", "full")  # lengths of a batch's texts (workload.lengths_of)

@@ -15,12 +15,12 @@ from albef_ds.data.batch import Movable, PretrainingBatch
 from albef_ds.tasks.registry import task_class
 from albef_ds.tasks.task import Task
 from albef_ds.training.optimizer import build_optimizer, parameter_groups
+from benchmarks import PHASES
 from benchmarks.reference import PaddedBatch, ReferenceALBEF
 
 ALPHA = 0.4
 OPTIMIZER = OptimizerConfig()
 NAMES = ("ours fp32", "ours bf16", "ours bf16 apex", "reference", "modernised")
-PHASES = ("teacher", "forward", "backward", "optimiser", "queue")
 
 
 @dataclass(frozen=True)

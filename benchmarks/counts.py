@@ -168,7 +168,7 @@ def collective_counts(preset: str, world: int = 8) -> dict[str, float]:
     case = ("--world", str(world), "--stage", "2", "--deepspeed", "zero2_a100_80gb", "--preset", preset)
     (row,) = answer_of("collectives", *case, statuses=(0, 1))["rows"]
     return {
-        f"ranks that differ in their collectives, {world} ranks, {preset}": int(row["difference"] is not None),
+        f"ranks differ in their collectives, {world} ranks, {preset}": int(row["difference"] is not None),
         f"collectives a step, {world} ranks, {preset}": row["collectives a step"],
         f"bytes handed to collectives a step, {world} ranks, {preset}": row["bytes a step"],
     }

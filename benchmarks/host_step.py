@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from albef_ds.model import attention  # before the tasks, which may take functions out of it
-from benchmarks import collectives, fake_ranks, other_checkout, workload
+from benchmarks import PHASES, collectives, fake_ranks, other_checkout, workload
 from benchmarks.counting import OperatorCount
 
 ALPHA = 0.4
 LENGTHS = (9, 11, 13, 15)  # tokens of each sample's caption; more samples cost arithmetic and change no count
 WARMUP = 3  # steps; the second one still fills caches
-PHASES = ("teacher", "forward", "backward", "optimiser", "queue")
 HARNESS = f"{Path(__file__).parent}{os.sep}"  # whose calls are not the step's
 
 

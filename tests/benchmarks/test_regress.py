@@ -173,7 +173,7 @@ sys.exit(1)
 
 def test_ranks_that_differ_are_a_change(baseline: Path, monkeypatch):
     committed = json.loads(baseline.read_text())["counts"]
-    name = "ranks that differ in their collectives, 8 ranks, tiny"
+    name = "ranks differ in their collectives, 8 ranks, tiny"
     assert committed[name] == 0
     monkeypatch.setattr(counts, "program", lambda module: ("-c", DIFFERING))
     assert (now := counts.collective_counts("tiny"))[name] == 1
