@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -62,13 +63,24 @@ def collect(device: torch.device, preset: str, instructions: bool = False) -> di
     Raises:
         CountingError: this machine lacks what a count needs.
     """
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, one_thread():
         apart = beside.submit(counted_apart, preset) if device.type == "cpu" else None
         found = {**flop_counts(preset), **step_counts(device)}
         found |= apart.result() if apart else {}
     for name, (statement, setup) in INSTRUCTIONS.items():
         found[f"instructions: {name}"] = instruction_count(statement, setup) if instructions else None
     return found
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Leaves the other cores to processes that count beside this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def flop_counts(preset: str) -> dict[str, float]:
