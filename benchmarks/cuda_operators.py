@@ -28,6 +28,7 @@ KERNELS = {
     "native_layer_norm_backward": 2,  # input; weight and bias
     "flash_attn::_flash_attn_varlen_backward": 3,  # result times its gradient; all three gradients; dq to its dtype
     "_flash_attention_backward": 3,
+    "_scaled_dot_product_flash_attention_backward": 3,
     "torch_attn::_varlen_attn_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 3,
     "_efficient_attention_backward": 3,

@@ -22,6 +22,10 @@ from benchmarks import fake_gpu
 mode = fake_gpu.install()
 import json, os, torch
 from flash_attn import flash_attn_varlen_qkvpacked_func as flash
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from benchmarks.counting import Replay
 from benchmarks.launches import LaunchCount
 
 aten = torch.ops.aten
@@ -35,6 +39,13 @@ with mode:
     large = [single(325 * 65536), *(single(5) for _ in range(64))]
     list_of = lambda number: [single(4) for _ in range(number)]
     qkv, bounds = half(10, 3, 2, 16), torch.empty(3, dtype=torch.int32, device="cuda")
+    heads, packed = half(2, 2, 16, 16).requires_grad_(), half(10, 2, 16).requires_grad_()
+
+    def sdpa(backend):
+        with sdpa_kernel(backend):
+            attended = scaled_dot_product_attention(heads, heads.detach(), heads.detach())
+            torch.autograd.grad(attended, heads, heads.detach())
+
     many = [single(70000) for _ in range(192)], [single(70000) for _ in range(192)]
     steps = {
         "product": lambda: a @ b,
@@ -101,12 +112,18 @@ with mode:
         "convolution without bias": lambda: torch.conv2d(images, kernel),
         "counters": lambda: torch._foreach_add_([single(1) for _ in range(264)], 1),
         "one large, many small": lambda: torch._foreach_lerp_(large, large, 0.5),
+        "a number to the host": lambda: single(1).item(),
+        "attention by flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "attention by efficient": lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "attention by varlen": lambda: varlen_attn(
+            packed, packed.detach(), packed.detach(), bounds, bounds, 7, 7
+        ).backward(packed.detach()),
         "attention": lambda: flash(qkv, bounds, 7),
         "attention, both ways": lambda: flash(qkv.requires_grad_(), bounds, 7).sum().backward(),
     }
     leaf = single(64, 32).requires_grad_()
     backward = {"lookup": leaf.index_select(0, rows), "places": leaf[rows]}
-    with LaunchCount() as count:
+    with Replay([3.0]), LaunchCount() as count:  # the one number that is asked for
         for name, step in steps.items():
             with count.phase(name):
                 step()
@@ -157,6 +174,7 @@ EXPECTED = {
     "turned copy": [1, 2 * 4 * ALL, 0, 0],
     "from the host": [0, 2 * 4 * ALL, 0, 0],
     "to the host": [0, 2 * 4, 0, 0],
+    "a number to the host": [0, 4, 0, 0],
     "shape of another": [2, 4 * 3 + 2 * ALL, 0, 0],
     "onto a copy": [1, 4 * (2 * ALL + 8 * 32) + 8 * 8, 0, 0],
     "added onto a copy": [2, 4 * (2 * ALL + 8) + 8 * 8, 0, 0],  # of another order
@@ -221,6 +239,12 @@ def test_attention_backward_writes_its_gradients_and_reads_none(known):
     read = 2 * 4 * ROWS + 4 * 2 * 10 + 4 * 3 + 8 * 2 + 2  # q, k, v, result; sums, bounds, seed, one number's gradient
     written = 2 * 3 * ROWS + 4 * 2 * (10 + 2 * 128)  # dq, dk, dv; of each run so many rows of sums more
     assert moved - ATTENDED - (2 * ROWS + 2) - 2 == read + written  # the sum and its gradient
+
+
+@pytest.mark.parametrize("kernel, zeros", [("flash", 0), ("efficient", 0), ("varlen", 2)])
+def test_attention_backward_of_torch_is_three_kernels(known, kernel, zeros):
+    """And one forward; varlen makes its own empty sums before."""
+    assert known[f"attention by {kernel}"][0] == 1 + 3 + zeros
 
 
 @pytest.fixture(scope="module")
