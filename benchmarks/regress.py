@@ -57,24 +57,6 @@ def measured(device: torch.device, preset: str, timed: bool, instructions: bool,
     return found | {"times": time_ratios(device, seconds) if timed else {}}
 
 
-def read_baseline(path: Path) -> dict:
-    """
-    Raises:
-        NoBaseline: there is none, or the file holds something else.
-    """
-    try:
-        baseline = Baseline.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise NoBaseline(f"{path.name} does not exist; --record on this device writes it") from None
-    except OSError as error:
-        raise NoBaseline(f"{path.name} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise NoBaseline(f"{path.name} is none: {where}: {first['msg']}; --record writes it anew") from None
-    return baseline.model_dump()
-
-
 def time_ratios(device: torch.device, seconds: float) -> dict[str, dict]:
     """Our step's time over the reference's; on a CPU processor time, which a busy neighbour does not change."""
     preset, batch, name = TIMED[device.type]
@@ -117,6 +99,24 @@ class Baseline(BaseModel):
     environment: Environment
     counts: dict[str, float | None]
     times: dict[str, Median]
+
+
+def read_baseline(path: Path) -> dict:
+    """
+    Raises:
+        NoBaseline: there is none, or the file holds something else.
+    """
+    try:
+        baseline = Baseline.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise NoBaseline(f"{path.name} does not exist; --record on this device writes it") from None
+    except OSError as error:
+        raise NoBaseline(f"{path.name} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise NoBaseline(f"{path.name} is none: {where}: {first['msg']}; --record writes it anew") from None
+    return baseline.model_dump()
 
 
 def why_no_baseline(now: dict, baseline: dict) -> str | None:
