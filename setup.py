@@ -15,6 +15,7 @@ RUNTIME = [
     "numpy>=1.26",
     "pillow>=10.3",
     "tqdm>=4.66",
+    "psutil>=5.9",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "ninja",  # DeepSpeed builds its CPU communication operator with it

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,17 @@ from albef_ds.data.files import write_atomically
 from albef_ds.data.shard_format import ShardError
 from albef_ds.data.tokenizer import TokenizerError
 from albef_ds.data.torch_loader import UnreadableImagesError
+from albef_ds.data.worker_processes import WorkerLostError
 from albef_ds.evaluation.ahead import EvaluationError
+from albef_ds.folder_lock import FolderError
 from albef_ds.model.weight_files import WeightsError
 from albef_ds.training.bad_steps import BadStepsError
 from albef_ds.training.checkpoint import CheckpointError
 from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
+from albef_ds.training.ending import end_soon
 from albef_ds.training.spikes import SpikeError
 from albef_ds.training.stop import EXIT_REQUEUE, Stopped, StopSignals
+from albef_ds.training.watchdog import EXIT_RANK_LOST
 
 log = logging.getLogger("albef_ds")
 
@@ -46,6 +51,7 @@ USER_ERRORS = (
     TokenizerError,
     WeightsError,
     CheckpointError,
+    FolderError,
     EvaluationError,
     UnreadableImagesError,
     BadStepsError,
@@ -56,6 +62,7 @@ USER_ERRORS = (
 def main(argv: list[str] | None = None) -> int:
     from albef_ds.training.engine import leave_distributed
 
+    whole_process = argv is None  # which ends with this function; else somebody else goes on in it
     args = parse(argv)
     logging.basicConfig(
         level=logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR,
@@ -63,7 +70,14 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    code = outcome(args)
+    try:
+        code = outcome(args)
+    except BaseException:
+        if whole_process:
+            end_soon(1)
+        raise
+    if whole_process:
+        end_soon(code)
     leave_distributed(together=code in (0, EXIT_REQUEUE))
     return code
 
@@ -72,18 +86,28 @@ def outcome(args: argparse.Namespace) -> int:
     """The exit code of what was asked for. Errors that are not the user's pass through, and end the process."""
     run = None
     try:
-        config = load_config(args.recipe, args.overrides)
-        run = Run(config, args.deepspeed_config)
-        code = run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume)
+        with StopSignals() as signals:
+            config = load_config(args.recipe, args.overrides)
+            run = Run(config, args.deepspeed_config)
+            code = run.dry() if args.dry_run else run.train(args.resume or config.checkpoint.resume, signals)
     except Stopped as stopped:
         print(f"albef_ds: {stopped}", file=sys.stderr)
         code = EXIT_REQUEUE
+    except WorkerLostError as error:
+        print(f"albef_ds: rank {os.environ.get('RANK', 0)} ends: {error}", file=sys.stderr)
+        code = EXIT_RANK_LOST
     except USER_ERRORS as error:
-        print(f"albef_ds: {error}", file=sys.stderr)
+        tell(error)
         code = 2
-    if run is not None:
+    if run is not None and run.engine is not None:
         run.engine.destroy()
     return code
+
+
+def tell(error: Exception) -> None:
+    """One line for a user's error; one rank's is enough where all have met the same."""
+    if os.environ.get("RANK", "0") == "0" or not getattr(error, "told_by_rank_0", False):
+        print(f"albef_ds: {error}", file=sys.stderr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -100,13 +124,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Run:
-    """Everything of one run, built in the order in which a mistake is cheapest to find."""
+    """Everything of one run, built in the order in which a mistake is cheapest to find.
+
+    Args:
+        config: the recipe.
+        deepspeed_config: what --deepspeed_config says; None: the recipe's.
+    """
 
     def __init__(self, config: Config, deepspeed_config: str | None = None):
         from albef_ds.data.tokenizer import load_tokenizer
         from albef_ds.training.determinism import make_deterministic
-        from albef_ds.training.engine import build_engine, engine_config, init_distributed
+        from albef_ds.training.engine import engine_config, init_distributed
 
+        self.engine = None
         ds_file = find_named(deepspeed_config or config.train.deepspeed, deepspeed_folder(), ".json")
         ds_json = load_deepspeed_config(ds_file)
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.sep_token)
@@ -119,6 +149,11 @@ class Run:
         self.ds_config = engine_config(ds_json, self.batch_plan, config.train.clip)
         log.info("DeepSpeed configuration: %s", ds_file)
 
+    def build(self) -> None:
+        """Model and engine, with the weights that the recipe names."""
+        from albef_ds.training.engine import build_engine
+
+        config = self.config
         seed_all(config.train.seed)  # equal on all ranks: they must build the same weights and queues
         task = build_task(config).to(self.device)
         if config.model.compile == "auto" and self.device.type == "cuda":
@@ -131,14 +166,19 @@ class Run:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume: str | None) -> int:
+    def train(self, resume: str | None, signals: StopSignals) -> int:
+        from albef_ds.training.agreement import owned
+        from albef_ds.training.resume_point import resume_point
         from albef_ds.training.watchdog import Watchdog
 
-        faults = self.config.faults
-        with StopSignals() as signals, Watchdog(faults.dead_seconds, faults.timeout_minutes) as watchdog:
-            return self.watched(resume, signals, watchdog)
+        config, out = self.config, Path(self.config.output_dir)
+        with Watchdog(config.faults.dead_seconds, config.faults.timeout_minutes) as watchdog, owned(out):
+            start = resume_point(out, config.checkpoint, resume)
+            self.build()
+            watchdog.limit_groups()
+            return self.watched(start, signals, watchdog)
 
-    def watched(self, resume: str | None, signals: StopSignals, watchdog) -> int:
+    def watched(self, start_from: Path | None, signals: StopSignals, watchdog) -> int:
         from albef_ds.data.loader import build_loader
         from albef_ds.data.prefetch import on_device
         from albef_ds.training.attempts import Attempts
@@ -151,12 +191,14 @@ class Run:
         config, out = self.config, Path(self.config.output_dir)
         loader = build_loader(config, self.tokenizer, self.batch_plan, self.rank, self.world_size, self.device)
         total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-        if self.rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+        identity, whole = self.identity(loader.order.num_samples), config.model_dump(mode="json")
+        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint, identity, whole, verified=start_from)
+        start = 0
+        if start_from is not None:
+            start = checkpoints.load(self.engine, start_from)
+            log.info("resumed from %s, after step %d", start_from, start)
+        if self.rank == 0:  # not before: a run that is refused changes nothing
             write_atomically(out / "config.yaml", config.to_yaml())
-        identity = self.identity(loader.order.num_samples)
-        checkpoints = Checkpoints(out / "checkpoints", config.checkpoint, identity, config.model_dump(mode="json"))
-        start = self.resume(checkpoints, resume)
         validation = self.validation(start)
         ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
         plan = Plan(
@@ -174,7 +216,8 @@ class Run:
         log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
 
         def batches(start_step: int):
-            return on_device(loader.batches(start_step), self.device)
+            with closing(loader.batches(start_step)) as loaded:
+                yield from on_device(loaded, self.device)
 
         def monitor(start_step: int) -> Monitor:
             monitor = Monitor(
@@ -244,17 +287,6 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"schedule: {error}") from error
 
-    def resume(self, checkpoints, wanted: str | None) -> int:
-        """Restores what `wanted` says (auto, none or a folder); returns the number of steps done."""
-        if wanted in (None, "none"):
-            return 0
-        folder = checkpoints.newest() if wanted == "auto" else Path(wanted)
-        if folder is None:
-            return 0
-        step = checkpoints.load(self.engine, folder)
-        log.info("resumed from %s, after step %d", folder, step)
-        return step
-
     def identity(self, samples: int) -> dict:
         """What a resumed run must share with the one it continues."""
         config = self.config.model_dump(mode="json")
@@ -293,6 +325,7 @@ class Run:
     def dry(self) -> int:
         from albef_ds.training.dry_run import describe
 
+        self.build()
         text = describe(self.engine, self.config, self.batch_plan, self.tokenizer, self.device)
         if self.rank == 0:
             print(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -61,15 +62,16 @@ class TrainingLoader:
     def batches(self, start_step: int = 0) -> Iterator[Loaded]:
         """Raises TooManyRejectsError once more than `max_rejects` different samples had to be replaced."""
         seen: set[str] = set()
-        for batch in self.loader.batches(start_step):
-            for key, reason in batch.rejected:
-                seen.add(key)
-                if self.max_rejects is not None and len(seen) > self.max_rejects:
-                    raise TooManyRejectsError(
-                        f"{len(seen)} samples cannot be used, the recipe allows {self.max_rejects} (data.max_rejects); "
-                        f"the last one was {key}: {reason}"
-                    )
-            yield batch
+        with closing(self.loader.batches(start_step)) as batches:
+            for batch in batches:
+                for key, reason in batch.rejected:
+                    seen.add(key)
+                    if self.max_rejects is not None and len(seen) > self.max_rejects:
+                        raise TooManyRejectsError(
+                            f"{len(seen)} samples cannot be used, the recipe allows {self.max_rejects} "
+                            f"(data.max_rejects); the last one was {key}: {reason}"
+                        )
+                yield batch
 
 
 def build_loader(

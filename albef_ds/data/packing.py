@@ -28,6 +28,8 @@ from albef_ds.data.images import MAX_PIXELS, ImageError
 from albef_ds.data.pack_sources import read_entries
 from albef_ds.data.shard_format import MANIFEST, REJECTS, Manifest, ShardInfo, index_text, sample_json
 from albef_ds.data.shard_writer import HashedTar, sound_jpeg
+from albef_ds.folder_lock import FolderLock
+from albef_ds.processes import die_with_parent
 
 _WORK = ".packing"  # in OUT, until all is done
 _LONGEST_CAPTION = 10_000  # characters; training reads the first 30 words
@@ -68,7 +70,7 @@ def pack(
 
     Called again with the same arguments it goes on where it was interrupted, or returns at once.
     Raises AnnotationError where a source cannot be read or nothing at all can be packed, FileExistsError where `out`
-    holds something else, RuntimeError where a process was killed.
+    holds something else, FolderError where another process packs into it, RuntimeError where a process was killed.
     """
     out = Path(out)
     identity = {"sources": [_identity(source) for source in sources], "settings": asdict(settings)}
@@ -77,12 +79,14 @@ def pack(
     if (out / MANIFEST).exists():
         return _finished(out, identity)
     _claim(out, work, identity)
-    _plan(sources, work, settings)
-    shards = _count(work, settings)
-    _pack_all(out, range(shards), workers, progress)
-    manifest = _finish(out, shards, identity)
-    shutil.rmtree(work)
-    return manifest
+    with FolderLock(work):
+        if not (out / MANIFEST).exists():  # another process may have packed it meanwhile
+            _plan(sources, work, settings)
+            shards = _count(work, settings)
+            _pack_all(out, range(shards), workers, progress)
+            _finish(out, shards, identity)
+    shutil.rmtree(work, ignore_errors=True)
+    return _finished(out, identity)
 
 
 def _identity(source) -> dict:
@@ -180,7 +184,8 @@ def _each_done(out: Path, todo: list[int], workers: int) -> Iterator[None]:
             pack_shard(out, shard)
             yield
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    arguments = {"mp_context": get_context("spawn"), "initializer": die_with_parent, "initargs": (os.getpid(),)}
+    with ProcessPoolExecutor(workers, **arguments) as pool:
         try:
             running, waiting = set(), iter(todo)
             while True:
@@ -235,7 +240,7 @@ def pack_shard(out: Path, shard: int) -> None:
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
-def _finish(out: Path, shards: int, identity: dict) -> Manifest:
+def _finish(out: Path, shards: int, identity: dict) -> None:
     infos, rejected = [], 0
     with open(out / _WORK / "all_rejects", "w", encoding="ascii") as rejects:
         for line in open(out / _WORK / REJECTS, encoding="ascii"):
@@ -254,4 +259,3 @@ def _finish(out: Path, shards: int, identity: dict) -> Manifest:
     names = tuple(os.path.basename(source["path"]) for source in identity["sources"])
     manifest = Manifest(samples, rejected, size, tuple(infos), identity, names)
     write_atomically(out / MANIFEST, manifest.to_json())
-    return manifest

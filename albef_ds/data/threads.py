@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+ENDING_SECONDS = 10.0  # for a thread to finish the item it is at
+
 
 def in_parts(pool: ThreadPoolExecutor, parts: int, function: Callable, items: Sequence) -> list:
     """[function(item)], shared among the threads in as few jobs as there are threads."""
@@ -38,7 +40,7 @@ def ahead(make: Callable[[], Iterator], depth: int) -> Iterator:
 
     def end():
         stop.set()
-        thread.join()
+        thread.join(ENDING_SECONDS)  # one that reads from a disk that is gone would be waited for without end
 
     thread.start()
     atexit.register(end)  # a thread inside DALI must not outlive the interpreter

@@ -12,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from albef_ds.data.annotations import Annotation
+from albef_ds.data.annotations import Annotation, AnnotationError
 from albef_ds.data.batch import Loaded, PretrainingBatch
 from albef_ds.data.images import ImageError, decode_image
 from albef_ds.data.masking import MaskedText, pack_masked
 from albef_ds.data.order import SampleOrder, sample_rng
+from albef_ds.data.shard_format import ShardError
 from albef_ds.data.text_pipeline import TextPipeline
-from albef_ds.data.tokenizer import CaptionTokenizer
+from albef_ds.data.tokenizer import CaptionTokenizer, TokenizerError
+from albef_ds.data.worker_processes import Raised, batches_of
 
 MAX_REPLACEMENTS = 20
 
@@ -27,6 +29,10 @@ Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 
 class UnreadableImagesError(RuntimeError):
     """So many images in a row cannot be read that something is wrong with all of them."""
+
+
+# What is wrong with what the user gave; their messages say so alone.
+USERS = (UnreadableImagesError, AnnotationError, ShardError, TokenizerError)
 
 
 def nothing_readable(rejected: Sequence[tuple[str, str]]) -> UnreadableImagesError:
@@ -51,13 +57,18 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class _Indexed(Dataset):
-    """(epoch, index) -> (sample, what could not be used in its place)."""
+    """(epoch, index) -> (sample, what could not be used in its place), or what was wrong with what the user gave."""
 
     samples: Samples
     seed: int
 
-    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[object, list[tuple[str, str]]]:
-        epoch, index = epoch_and_index
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> tuple[object, list[tuple[str, str]]] | Raised:
+        try:
+            return self._load(*epoch_and_index)
+        except USERS as error:
+            return Raised(error)
+
+    def _load(self, epoch: int, index: int) -> tuple[object, list[tuple[str, str]]]:
         rng = sample_rng(self.seed, epoch, index)
         rejected: list[tuple[str, str]] = []
         for _ in range(1 + MAX_REPLACEMENTS):
@@ -68,7 +79,10 @@ class _Indexed(Dataset):
             index = int(rng.integers(len(self.samples)))
         raise nothing_readable(rejected)
 
-    def collate(self, loaded: list[tuple[object, list[tuple[str, str]]]]) -> Loaded:
+    def collate(self, loaded: list[tuple[object, list[tuple[str, str]]] | Raised]) -> Loaded | Raised:
+        for raised in loaded:
+            if isinstance(raised, Raised):
+                return raised
         samples = [sample for sample, _ in loaded]
         return self.samples.collate(
             samples,
@@ -121,18 +135,17 @@ class TorchLoader:
         """
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}: expected 0 or more")
-        return iter(
-            DataLoader(
-                self._samples,
-                batch_sampler=_From(self.order, start_step),
-                collate_fn=self._samples.collate,
-                num_workers=self._workers,  # torch gives each of them a single thread
-                pin_memory=self._pin_memory,
-                prefetch_factor=self._prefetch,
-                # Its own: from torch's global generator it would take a number, and shift the model's dropout.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=_From(self.order, start_step),
+            collate_fn=self._samples.collate,
+            num_workers=self._workers,  # torch gives each of them a single thread
+            pin_memory=self._pin_memory,
+            prefetch_factor=self._prefetch,
+            # Its own: from torch's global generator it would take a number, and shift the model's dropout.
+            generator=torch.Generator(),
         )
+        return batches_of(loader)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,52 @@
-"""What the ranks tell each other once a step: whether one was asked to end, whether one could not save, and the loss
-where spikes are watched."""
+"""What the ranks agree on: what rank 0 finds on the disk, and once a step whether one was asked to end, whether one
+could not save, and the loss where spikes are watched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from albef_ds.folder_lock import FolderError, FolderLock
+
+Found = TypeVar("Found")
+
+
+def from_rank_zero(action: Callable[[], Found], *errors: type[Exception]) -> Found:
+    """Runs `action` on rank 0 alone; every rank gets what it returns, which must be picklable. Collective.
+
+    Raises:
+        errors: the first of them that fits what it raised, with its message, on every rank; `told_by_rank_0` is set:
+            for one to tell it is enough.
+    """
+    answer: list = [None, None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except errors as error:
+            kind = next(i for i, fits in enumerate(errors) if isinstance(error, fits))
+            answer[1:] = kind, str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        error = errors[answer[1]](answer[2])
+        error.told_by_rank_0 = True
+        raise error
+    return answer[0]
+
+
+@contextmanager
+def owned(folder: Path | None) -> Iterator[None]:
+    """Rank 0 holds the folder for all of its run; None: there is none. Collective to enter. Raises FolderError."""
+    with ExitStack() as held:
+        if folder is not None:
+            from_rank_zero(lambda: held.enter_context(FolderLock(folder)) and None, FolderError)
+        yield
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import deepspeed
 import torch.distributed as dist
 
 from albef_ds.config import FaultsConfig
+from albef_ds.data.worker_processes import lost_workers_named
 from albef_ds.training.agreement import Agreement
 from albef_ds.training.bad_steps import BadSteps, check_precondition, count_skipped
 from albef_ds.training.checkpoint import Checkpoints
@@ -34,7 +36,7 @@ class Attempts:
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        batches: Callable[[int], Iterator],
+        batches: Callable[[int], Generator],
         new_monitor: Callable[[int], Monitor],
         checkpoints: Checkpoints,
         output_dir: Path,
@@ -58,10 +60,13 @@ class Attempts:
             spikes = Spikes(config) if config.rollback else None
             faults = Faults(bad_steps, agreement, signals, watchdog, spikes)
             passed_over = self.passed_over.positions
-            batches = passing_over(self.batches, plan.start_step, plan.accumulation, passed_over)
             monitor = self.new_monitor(plan.start_step)
             try:
-                with signals.holding():
+                with (
+                    lost_workers_named(),
+                    signals.holding(config.dead_seconds),
+                    closing(passing_over(self.batches, plan.start_step, plan.accumulation, passed_over)) as batches,
+                ):
                     train(self.engine, batches, plan, monitor, self.checkpoints, faults)
                 break
             except RollBack as spike:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 import albef_ds
 from albef_ds.config import CheckpointConfig
+from albef_ds.training.agreement import from_rank_zero
 from albef_ds.training.checkpoint_manifest import (
     SCHEMA,
     CheckpointError,
@@ -37,9 +38,10 @@ from albef_ds.training.checkpoint_manifest import (
 from albef_ds.training.checkpoint_writer import CheckpointWriter, SaveTiming
 from albef_ds.training.random_state import random_state
 from albef_ds.training.restore import rank_file, restore
-from albef_ds.training.retention import complete_folders, step_folder, step_folders
+from albef_ds.training.resume_point import newest_usable
+from albef_ds.training.retention import step_folder
 from albef_ds.training.snapshot import Snapshots
-from albef_ds.training.upload import Uploader, download_newest
+from albef_ds.training.upload import Uploader
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Checkpoints:
         settings: how many stay, what to do when the disk fails, where copies go.
         identity: what must be equal for a resume to make sense (parts of the configuration); stored and compared.
         config: the whole configuration, stored.
+        verified: a folder whose files are known to match its manifest: they are not read again.
         wait: seconds before the first further attempt after a failure; doubled every time.
     """
 
@@ -61,6 +64,7 @@ class Checkpoints:
         settings: CheckpointConfig,
         identity: Mapping,
         config: Mapping | None = None,
+        verified: Path | None = None,
         wait: float = 1.0,
     ):
         self.folder = Path(folder)
@@ -69,7 +73,7 @@ class Checkpoints:
         self.config = None if config is None else json.loads(json.dumps(config))
         self._snapshots = Snapshots()
         self._saved: int | None = None
-        self._verified: Path | None = None
+        self.verified = verified
         self._uploader: Uploader | None = None
         if settings.upload and dist.get_rank() == 0:
             self._uploader = Uploader(settings.upload, settings.keep, settings.keep_every, settings.retries, wait)
@@ -153,34 +157,9 @@ class Checkpoints:
             CheckpointError: there is none here, and the URL cannot be read.
         """
         self.wait()
-        answer: list = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                found = self._newest_here()
-                if found is None and self.settings.upload:
-                    found = download_newest(self.settings.upload, self.folder)
-                answer[0] = None if found is None else str(found)
-            except CheckpointError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise CheckpointError(answer[1])
-        self._verified = Path(answer[0]) if answer[0] else None
-        return self._verified
-
-    def _newest_here(self) -> Path | None:
-        complete = complete_folders(self.folder)
-        for folder in step_folders(self.folder):
-            if folder not in complete:
-                log.warning("%s: incomplete (no manifest): ignored", folder)
-                continue
-            try:
-                verify(folder)
-            except CheckpointError as error:
-                log.warning("%s; trying the one before", error)
-                continue
-            return folder
-        return None
+        found = from_rank_zero(lambda: newest_usable(self.folder, self.settings.upload)[0], CheckpointError)
+        self.verified = found or self.verified
+        return found
 
     def load(self, engine: deepspeed.DeepSpeedEngine, folder: Path) -> int:
         """Restores everything and returns the number of steps done; the number of ranks may be another.
@@ -201,14 +180,7 @@ class Checkpoints:
         return manifest.step
 
     def _checked(self, folder: Path) -> Manifest:
-        """Its manifest; its files are checked by rank 0, unless `newest` has just done so."""
-        problem: list = [None]
-        if dist.get_rank() == 0 and folder != self._verified:
-            try:
-                verify(folder)
-            except CheckpointError as error:
-                problem[0] = str(error)
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise CheckpointError(problem[0])
+        """Its manifest; its files are checked by rank 0, unless that has just been done."""
+        if folder != self.verified:
+            from_rank_zero(lambda: verify(folder) and None, CheckpointError)
         return read_manifest(folder)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
+from albef_ds.folder_lock import FolderLock
 from albef_ds.training.checkpoint_files import remove_folder
 from albef_ds.training.checkpoint_manifest import MANIFEST, CheckpointError, check_size, read_manifest, verify
 from albef_ds.training.retention import ASIDE, complete_folders, prune, step_folders
@@ -77,7 +79,10 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_prune(args: argparse.Namespace) -> int:
-    """Nothing goes unless the newest that stays is undamaged."""
+    """Nothing goes unless the newest that stays is undamaged, and while the run trains, which prunes by itself.
+
+    Raises CheckpointError and FolderError.
+    """
     if args.keep < 1:
         raise CheckpointError(f"--keep {args.keep}: at least one checkpoint stays")
     folder = _parent(args.folder)
@@ -85,6 +90,13 @@ def run_prune(args: argparse.Namespace) -> int:
     if not complete:
         raise CheckpointError(f"{folder}: no complete checkpoint")
     verify(complete[0])
+    with ExitStack() as held:
+        if args.yes and folder.name == "checkpoints":  # of a run's folder, which the run owns while it trains
+            held.enter_context(FolderLock(folder.parent))
+        return _prune(folder, args)
+
+
+def _prune(folder: Path, args: argparse.Namespace) -> int:
     aside = sorted(p for p in folder.glob(f"{ASIDE}step_*") if p.is_dir() and not p.is_symlink())
     gone = [*prune(folder, args.keep, args.keep_every, remove=args.yes), *aside]
     for path in gone:

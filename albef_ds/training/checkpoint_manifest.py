@@ -88,7 +88,13 @@ def parse_manifest(text: bytes, source: str | Path) -> Manifest:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, numbers of too many digits
         raise CheckpointError(f"{source}: unreadable: {str(error)[:200]}") from None
-    if not isinstance(raw, dict) or raw.get("schema") not in READABLE or isinstance(raw.get("schema"), bool):
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if type(schema) is int and schema > SCHEMA:
+        raise CheckpointError(
+            f"{source}: written by a newer version of albef_ds (schema {schema}, this version knows up to {SCHEMA}): "
+            "install that version"
+        )
+    if type(schema) is not int or schema not in READABLE:
         raise CheckpointError(f"{source}: not a manifest of schema {SCHEMA}")
     if _deeper_than(raw, _MAX_DEPTH):
         raise CheckpointError(f"{source}: nested more than {_MAX_DEPTH} deep: not a manifest")

@@ -18,7 +18,8 @@ import json
 import logging
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,23 +109,20 @@ def position_of(step: int, passed_over: Sequence[int]) -> int:
 
 
 def passing_over(
-    batches: Callable[[int], Iterator[Batch]], start_step: int, accumulation: int, passed_over: Sequence[int]
-) -> Iterator[Batch]:
+    batches: Callable[[int], Generator[Batch]], start_step: int, accumulation: int, passed_over: Sequence[int]
+) -> Generator[Batch]:
     """The micro-batches from `start_step` on, without those of the steps passed over; these are loaded and dropped.
 
     Args:
         batches: a step of the undisturbed order to its micro-batches and all later ones, `accumulation` a step.
     """
-    if not passed_over:
-        yield from batches(start_step)
-        return
     position = position_of(start_step, passed_over)
-    undisturbed = batches(position)
-    while True:
-        for _ in range(accumulation):
-            batch = next(undisturbed, None)
-            if batch is None:
-                return
-            if position not in passed_over:
-                yield batch
-        position += 1
+    with closing(batches(position)) as undisturbed:
+        while True:
+            for _ in range(accumulation):
+                batch = next(undisturbed, None)
+                if batch is None:
+                    return
+                if position not in passed_over:
+                    yield batch
+            position += 1

@@ -7,14 +7,18 @@ Status EXIT_REQUEUE (75) means: start the same command again, it goes on from th
 A second signal ends the process at once, with 128 + its number, and the last complete checkpoint counts. Outside the
 training loop (while a run is built or evaluated) there is nothing to save: the first signal ends it, with EXIT_REQUEUE.
 
+A launcher that is gone, killed as a rule, counts as a signal: nobody else would end its ranks. Where saving takes
+longer than `faults.dead_seconds`, the rank ends without.
+
 The deepspeed launcher (0.19.8): SIGTERM to `deepspeed.launcher.launch` goes to its ranks one after the other, each has
 30 s to end, and the launcher's own status is 1 whatever theirs. SIGTERM to the `deepspeed` command itself is not passed
-on. A signal sent to a rank ends all, and the launcher's status is 75. Because a launcher may hide the status,
-`stopped.json` in the run's folder says the same, until the run goes on.
+on: it ends, and so do its ranks, as said. A signal sent to a rank ends all, and the launcher's status is 75. Because a
+launcher may hide the status, `stopped.json` in the run's folder says the same, until the run goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,10 +28,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from albef_ds.data.files import write_atomically
+from albef_ds.processes import Launchers
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = "stopped.json"
+LOOK_SECONDS = 1.0  # between two looks for the launcher
 
 
 class Stopped(Exception):  # noqa: N818 (no error: a run that was asked to end)
@@ -39,14 +45,15 @@ class Stopped(Exception):  # noqa: N818 (no error: a run that was asked to end)
 
 
 class StopSignals:
-    """While entered, this process answers to SIGTERM and SIGUSR1 as described above. Main thread only.
+    """While entered, this process answers to SIGTERM, SIGUSR1 and the end of its launcher as described above. Main
+    thread only.
 
-    A thread answers: Python runs handlers in the main thread, which may be waiting for a lost rank for ever.
+    Threads answer: Python runs handlers in the main thread, which may be waiting for a lost rank for ever.
     """
 
     def __init__(self):
-        self.received: signal.Signals | None = None
-        self._holding = False
+        self.received: str | None = None  # the signal's name, or "launcher"
+        self._patience: float | None = None  # seconds for saving; None: there is nothing to save
         self._previous: dict = {}
 
     def __enter__(self) -> StopSignals:
@@ -55,6 +62,8 @@ class StopSignals:
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._answer, args=(reader,), name="stop signals", daemon=True).start()
+        self._left = threading.Event()
+        threading.Thread(target=self._watch_launchers, name="launcher watch", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -62,15 +71,17 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
         os.close(self._writer)  # ends the thread
+        self._left.set()
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Within, the first signal is only noted in `received`."""
-        self._holding = True
+    def holding(self, patience: float) -> Iterator[None]:
+        """Within, the first signal is only noted in `received`. patience: seconds that saving may take once the
+        launcher is gone."""
+        self._patience = patience
         try:
             yield
         finally:
-            self._holding = False
+            self._patience = None
 
     def _answer(self, reader: int) -> None:
         with os.fdopen(reader, "rb", buffering=0) as arrived:
@@ -79,12 +90,32 @@ class StopSignals:
                     self._take(signal.Signals(number[0]))
 
     def _take(self, number: signal.Signals) -> None:
-        if not self._holding:
+        if self._patience is None:
             os._exit(EXIT_REQUEUE)
         if self.received is not None:
             os._exit(128 + number)
-        self.received = number
-        os.write(2, f"albef_ds: {number.name}: saving after the next step, then ending\n".encode())
+        self.received = number.name
+        _say(f"{number.name}: saving after the next step, then ending")
+
+    def _watch_launchers(self) -> None:
+        launchers = Launchers()
+        while (gone := launchers.gone()) is None:
+            if self._left.wait(LOOK_SECONDS):
+                return
+        rank, patience = os.environ.get("RANK", "0"), self._patience
+        if patience is None:
+            _say(f"rank {rank} ends: {gone} is gone")
+            os._exit(EXIT_REQUEUE)
+        self.received = self.received or "launcher"
+        _say(f"rank {rank}: {gone} is gone: saving after the next step, then ending")
+        if not self._left.wait(patience):
+            _say(f"rank {rank} ends: {gone} is gone, and saving took longer than {patience:g} s (faults.dead_seconds)")
+            os._exit(EXIT_REQUEUE)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # who read it may be gone with the launcher
+        os.write(2, f"albef_ds: {text}\n".encode())
 
 
 @contextmanager
@@ -98,10 +129,10 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def note_stopped(output_dir: Path, step: int, received: signal.Signals | None) -> None:
-    """`received`: the signal of this rank; None where another rank got it."""
-    name = None if received is None else received.name
-    write_atomically(output_dir / STOPPED, json.dumps({"step": step, "signal": name, "status": EXIT_REQUEUE}))
+def note_stopped(output_dir: Path, step: int, received: str | None) -> None:
+    """`received`: what asked this rank to end; None where another rank was asked."""
+    stopped = {"step": step, "signal": received, "status": EXIT_REQUEUE}
+    write_atomically(output_dir / STOPPED, json.dumps(stopped))
 
 
 def forget_stopped(output_dir: Path) -> None:

@@ -26,6 +26,7 @@ from albef_ds.training.retention import step_of, superfluous
 
 log = logging.getLogger(__name__)
 
+FETCHING = ".fetching_"  # before the name of a checkpoint that is on its way here
 _BLOCK = 4 << 20
 _LONGEST_WAIT = 60.0  # seconds between two attempts
 
@@ -138,49 +139,64 @@ def complete_remote(files, path: str) -> list[str]:
     return sorted(names, key=step_of, reverse=True)
 
 
-def download_newest(url: str, folder: Path) -> Path | None:
-    """Fetches the newest checkpoint of `url` whose files match its manifest into `folder`; None where there is none.
+def download_newest(url: str, folder: Path) -> tuple[Path | None, list[str]]:
+    """Fetches the newest checkpoint of `url` whose files match its manifest into `folder`.
+
+    Returns:
+        where it is now, and what is wrong with those that are newer; None, []: there is no checkpoint at all.
 
     Raises:
-        CheckpointError: the URL cannot be read, or there is no room here.
+        CheckpointError: the URL cannot be read.
     """
     files, path = open_remote(url)
     try:
         names = complete_remote(files, path)
     except Exception as error:
         raise CheckpointError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
+    faults: list[str] = []
     for name in names:
         try:
-            return download(files, f"{path}/{name}", folder / name, f"{url.rstrip('/')}/{name}")
+            found = download(files, f"{path}/{name}", folder / name, f"{url.rstrip('/')}/{name}")
         except CheckpointError as error:
-            log.warning("%s; trying the one before", error)
-    return None
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            log.warning("%s; trying the one before", fault)
+        return found, faults
+    return None, faults
 
 
 def download(files, remote: str, target: Path, source: str) -> Path:
-    """One remote checkpoint to `target`, its manifest last. `source` names it in errors, which are CheckpointErrors."""
+    """One remote checkpoint to `target`, its manifest last. `source` names it in errors, which are CheckpointErrors.
+
+    What is at `target`, a damaged one, goes when all is fetched, and stays where that fails.
+    """
+    part = target.with_name(f"{FETCHING}{target.name}")
     try:
         with files.open(f"{remote}/{MANIFEST}", "rb") as file:
             text = file.read((64 << 20) + 1)
         manifest = parse_manifest(text, f"{source}/{MANIFEST}")
-        remove_folder(target, first=MANIFEST)  # a damaged one
-        target.mkdir(parents=True)
+        shutil.rmtree(part, ignore_errors=True)  # of a start that was killed
+        part.mkdir(parents=True)
         size = f"{manifest.total_bytes:,} bytes"
-        if shutil.disk_usage(target).free < manifest.total_bytes:
-            raise CheckpointError(f"{source}: {size} do not fit {target} ({free_space(target)})")
+        if shutil.disk_usage(part).free < manifest.total_bytes:
+            raise CheckpointError(f"{source}: {size} do not fit {target} ({free_space(part)})")
         for name, entry in manifest.files.items():
             with files.open(f"{remote}/{name}", "rb") as file:
-                _save(file, target / name, entry.size)
-        _check(target, manifest, source)
-        (target / MANIFEST).write_bytes(text)
-        sync_folder(target)
+                _save(file, part / name, entry.size)
+        _check(part, manifest, source)
+        (part / MANIFEST).write_bytes(text)
+        sync_folder(part)
+        remove_folder(target, first=MANIFEST)
+        part.rename(target)
+        sync_folder(target.parent)
         return target
     except CheckpointError:
-        shutil.rmtree(target, ignore_errors=True)
         raise
     except Exception as error:
-        shutil.rmtree(target, ignore_errors=True)
         raise CheckpointError(f"{source}: cannot be fetched: {type(error).__name__}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _save(source, path: Path, limit: int) -> None:

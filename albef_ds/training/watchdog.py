@@ -51,6 +51,7 @@ class Watchdog:
         self._count = 0
         self._moved = time.monotonic()
         self._left: str | None = None  # "": in good order; else the error
+        self._failing = False  # an error has come up, with which it will leave unless another rank turns out to be lost
         self._left_is_said = False
         self._talking: threading.Thread | None = None
         self._hurry, self._ending = threading.Event(), threading.Event()
@@ -66,14 +67,18 @@ class Watchdog:
         self._count += 1
         self._place, self._moved = (self._count, step, phase), time.monotonic()
 
+    def limit_groups(self) -> None:
+        """Sets the timeout of all process groups that there are, DeepSpeed's too, which are made with its engine."""
+        timeout = timedelta(seconds=self.hang_seconds + self.dead_seconds)
+        for group in dist.distributed_c10d._world.pg_map:  # PyTorch has no public names for this
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+
     def outside(self) -> None:
         """The loop has ended: nothing tells how long what follows may take."""
         self._place = None
 
     def __enter__(self) -> Watchdog:
-        timeout = timedelta(seconds=self.hang_seconds + self.dead_seconds)
-        for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's too; PyTorch has no public names for this
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        self.limit_groups()
         if self.world_size > 1:
             self._store = self._open_store()
             self._say()
@@ -86,6 +91,7 @@ class Watchdog:
         if error is not None and _may_be_a_lost_peer(error) and self.world_size > 1:
             text = str(error).strip().splitlines()
             print(f"albef_ds: rank {self.rank}: {text[0] if text else kind.__name__}", file=sys.stderr, flush=True)
+            self._failing = True
             # The judge ends this process, with a better message, if a rank is missing. This one goes on giving signs.
             time.sleep(self.dead_seconds + 3 * self.interval)
         self._leave("" if error is None else f"{kind.__name__}: {error}")
@@ -126,6 +132,7 @@ class Watchdog:
     def _say(self) -> None:
         where = f"{socket.gethostname()}, process {os.getpid()}"
         mine = {"beat": time.monotonic(), "where": where, "place": self._place, "left": self._left}
+        mine["failing"] = self._failing
         self._store.set(f"sign/{self.rank}", json.dumps(mine))
 
     def _talk(self) -> None:
@@ -184,7 +191,7 @@ class Watchdog:
             why = zero.left or (f"it does not answer ({self._store_error})" if self._store_error else silence)
             return f"rank 0 ({zero.where}) is lost: {why}"
         silent = [r for r in self._others.values() if r.left is None and now - r.at > self.dead_seconds]
-        failed = [r for r in self._others.values() if r.left and now - r.at > self.dead_seconds]
+        failed = [r for r in self._others.values() if r.left and now - r.at > self.dead_seconds and not self._failing]
         if silent:
             return "; ".join(f"{r.name} ({r.where}) is lost: no sign of life for {now - r.at:.0f} s" for r in silent)
         if failed:
@@ -213,6 +220,7 @@ class _Rank:
     def __init__(self, name: str):
         self.name = name
         self.where, self.place, self.left = "never heard of", None, None
+        self.failing_since: float | None = None
         self.at = time.monotonic()
         self._said = b""
 
@@ -222,8 +230,13 @@ class _Rank:
         self._said = said
         found = json.loads(said)
         self.where, self.place = found["where"], found["place"]
-        if self.left is None:  # what it says after having left is no news
-            self.left, self.at = found["left"], time.monotonic()
+        if self.left is not None:  # what it says after that is no news
+            return
+        self.left, self.at = found["left"], time.monotonic()
+        if found["failing"]:
+            self.failing_since = self.failing_since or self.at
+            if self.left:  # it has waited for a while already before it left
+                self.at = self.failing_since
 
     def pardon(self, now: float) -> None:
         self.at = max(self.at, now)

@@ -50,8 +50,8 @@ def test_a_checkpoint_goes_there_and_comes_back_bitwise(url, tmp_path):
     copies.submit(folder)
     copies.finish()
     assert copies.busy == [] and remote_names(url) == ["step_00000003"]
-    back = download_newest(url, tmp_path / "there")
-    assert back == tmp_path / "there" / "step_00000003" and verify(back) == verify(folder)
+    back, faults = download_newest(url, tmp_path / "there")
+    assert faults == [] and back == tmp_path / "there" / "step_00000003" and verify(back) == verify(folder)
     assert all((back / name).read_bytes() == (folder / name).read_bytes() for name in ("a.pt", "b.pt", MANIFEST))
 
 
@@ -117,7 +117,8 @@ def test_a_damaged_copy_is_passed_over_for_the_one_before(url, tmp_path, caplog)
     contents[len(contents) // 2] ^= 1
     files.pipe_file(f"{path}/step_00000003/a.pt", bytes(contents))
     files.pipe_file(f"{path}/step_00000002/b.pt", bytes(10**6))
-    found = download_newest(url, tmp_path / "there")
+    found, faults = download_newest(url, tmp_path / "there")
+    assert len(faults) == 2
     assert found.name == "step_00000001" and sorted(p.name for p in found.parent.iterdir()) == ["step_00000001"]
     assert "step_00000003/a.pt: contents have changed" in caplog.text
     assert "step_00000002/b.pt: " in caplog.text and "bytes instead of" in caplog.text
@@ -131,23 +132,24 @@ def test_a_stranger_s_manifest_cannot_write_outside(url, tmp_path):
         manifest["files"] = {name: {"size": 7, "sha256": "0" * 64}}
         files.makedirs(f"{path}/step_0000000{number}", exist_ok=True)
         files.pipe_file(f"{path}/step_0000000{number}/{MANIFEST}", json.dumps(manifest).encode())
-    assert download_newest(url, tmp_path / "there" / "checkpoints") is None
+    found, faults = download_newest(url, tmp_path / "there" / "checkpoints")
+    assert found is None and faults
     assert not list(tmp_path.rglob("escaped"))
 
 
-def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_fetched(url, tmp_path, caplog):
+def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_fetched(url, tmp_path):
     folder = make(tmp_path / "here", 1)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["a.pt"]["size"] = 1 << 49
     files, path = open_remote(url)
     files.makedirs(f"{path}/step_00000001", exist_ok=True)
     files.pipe_file(f"{path}/step_00000001/{MANIFEST}", json.dumps(manifest).encode())
-    assert download_newest(url, tmp_path / "there") is None
-    assert "do not fit" in caplog.text and "GB free" in caplog.text
+    found, (fault,) = download_newest(url, tmp_path / "there")
+    assert found is None and "do not fit" in fault and "GB free" in fault
 
 
 def test_nothing_there_is_no_error_and_an_unknown_protocol_is(url, tmp_path):
-    assert download_newest(url, tmp_path) is None
+    assert download_newest(url, tmp_path) == (None, [])
     with pytest.raises(CheckpointError, match="nonsense://x"):
         Uploader("nonsense://x", 1, None, 0)
 

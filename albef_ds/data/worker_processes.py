@@ -1,0 +1,91 @@
+"""The processes of torch's DataLoader, which end when they are needed no more and never outlive who started them.
+
+Torch leaves two gaps. A worker that does not end is sent SIGTERM, which a training rank's workers keep blocked (the
+launcher sends it to them too, see training/stop.py), and Python joins its children without limit when it ends: such a
+process stays for ever. And where a rank is killed, its workers notice only when they are next out of work.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch.utils.data import DataLoader
+
+from albef_ds.processes import die_with_parent
+
+ENDING_SECONDS = 2.0  # for a worker to finish what it is at; then it is killed: it holds nothing that anybody needs
+
+
+class WorkerLostError(RuntimeError):
+    """A process that prepares batches was killed, or ended by itself."""
+
+
+class Raised:
+    """In a batch's place: an error that a worker met. Torch would raise it with the worker's traceback in its message,
+    which nobody needs who gave a path that is wrong."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """The batches of a loader; its processes end with this iterator, within seconds, whatever they are at.
+
+    Raises what is `Raised`, and WorkerLostError.
+    """
+    before = set(multiprocessing.active_children())
+    if threading.current_thread() is threading.main_thread():  # the kernel means the thread, not the process
+        loader.worker_init_fn = partial(_start, os.getpid())
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    try:
+        with lost_workers_named():
+            for batch in batches:
+                if isinstance(batch, Raised):
+                    raise batch.error
+                yield batch
+    finally:
+        if workers:
+            _end(batches, workers)
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Torch looks for dead workers whenever a child of this process ends, so its error can come out of any line of the
+    main thread: whatever runs while there are workers, runs in here. Raises WorkerLostError in its place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerLostError(
+            f"{str(error).splitlines()[0].strip()} It prepared batches; where memory was short, lower data.workers. "
+            "Start the same command again: it goes on from the last checkpoint"
+        ) from None
+
+
+def _start(parent: int, worker: int) -> None:
+    die_with_parent(parent)
+
+
+def _end(batches: Iterator, workers: set) -> None:
+    """Torch's own way, and for those that do not take it SIGKILL, which cannot be blocked."""
+    killing = threading.Timer(ENDING_SECONDS, lambda: [worker.kill() for worker in workers])
+    killing.daemon = True
+    killing.start()
+    try:
+        with lost_workers_named():
+            batches._shutdown_workers()  # as torch 2.11 does it where nothing refers to the iterator any more
+    except WorkerLostError:
+        pass  # no news: it was killed before, or just now
+    finally:
+        killing.cancel()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(ENDING_SECONDS)
