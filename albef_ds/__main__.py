@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     from albef_ds.train import USER_ERRORS
 
     args = build_parser().parse_args(argv)
+    args.whole_process = argv is None  # which ends with this function
     try:
         return args.run(args) or 0
     except (*USER_ERRORS, FileExistsError) as error:
@@ -98,7 +99,7 @@ def run_shapes(args: argparse.Namespace) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     from albef_ds.evaluate import run
 
-    return run(args)
+    return run(args, args.whole_process)
 
 
 def run_report(args: argparse.Namespace) -> None:

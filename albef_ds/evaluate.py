@@ -4,8 +4,8 @@
     deepspeed --module albef_ds.evaluate RECIPE.yaml WEIGHTS.pth [key.sub=value ...] [--out FOLDER]
 
 WEIGHTS is a checkpoint in the reference's form, such as RUN/albef.pth. The numbers are the same on any number of ranks.
-FOLDER gets summary.json, what the model said of each sample (results.json), and report.html; it may not be that of a run
-that is training.
+FOLDER gets summary.json, what the model said of each sample (results.json), and report.html; it may not be the folder
+of a run that is training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 
 from albef_ds.build import build_task, with_vocabulary
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, whole_process: bool = False) -> int:
     from albef_ds.training.engine import leave_distributed
 
     try:
-        with StopSignals():
+        with StopSignals() if whole_process else nullcontext():
             evaluate(args)
         code = 0
     except USER_ERRORS as error:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, whole_process: bool = False) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     from albef_ds.data.tokenizer import load_tokenizer
     from albef_ds.evaluation.recipe import evaluate_recipe
-    from albef_ds.training.agreement import owned
+    from albef_ds.training.agreement import hold
     from albef_ds.training.engine import init_distributed
     from albef_ds.training.watchdog import Watchdog
 
@@ -74,7 +74,9 @@ def evaluate(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # DeepSpeed prints here what it builds; who reads the numbers wants JSON alone
         rank, _, device = init_distributed()
     faults = config.faults
-    with Watchdog(faults.dead_seconds, faults.timeout_minutes), owned(args.out):
+    with ExitStack() as held, Watchdog(faults.dead_seconds, faults.timeout_minutes):
+        if args.out is not None:
+            hold(args.out, held)
         model = build_task(config).model.to(device)
         if args.out is not None and rank == 0:
             write_atomically(args.out / "config.yaml", config.to_yaml())

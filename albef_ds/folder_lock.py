@@ -1,21 +1,23 @@
-"""One owner at a time for a folder that is written to: a run's, a demo's, a packing's.
+"""One owner at a time for a folder that is written to: that of a run, of an evaluation, of a packing.
 
-    RUN/owner.json      there while somebody writes to RUN: who, where, since when, and how often it gave a sign of life
+    RUN/.owner.json     there while somebody writes to RUN: who, where, since when, and its signs of life, counted
 
-The file is locked (flock), and the lock dies with its owner, however that ends. Some network file systems know no
-locks, or keep them to one machine; there the sign of life stands in: the owner writes the file anew every few seconds,
-and whoever finds one that another machine has left watches it for a while before it takes the folder. Nothing here
+The file is locked (flock), and the lock goes with its owner, however that ends. Some network file systems know no
+locks, keep them to one machine, or keep those of a machine that has failed for a while; there the sign of life decides:
+the owner writes the file anew every few seconds, and whoever finds one of another machine watches it. Nothing here
 compares clocks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import getpass
 import json
 import logging
 import os
+import random
 import shlex
 import socket
 import sys
@@ -25,12 +27,15 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
+from albef_ds.processes import say
+
 log = logging.getLogger(__name__)
 
-OWNER = "owner.json"
+OWNER = ".owner.json"
 BEAT_SECONDS = 5.0  # between two signs of life
 SILENCE_SECONDS = 20.0  # without one, where a lock alone tells nothing
-_LARGEST = 1 << 16  # bytes that are read of an owner.json
+LEASE_SECONDS = 120.0  # after which a server has let go of a lock whose machine has failed (NFSv4: 90)
+_LARGEST = 1 << 16  # bytes that are read of an owner's file
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -45,9 +50,15 @@ class FolderLock:
     file, or this process stood still for too long where there are no locks), this process ends with status 2.
     """
 
-    def __init__(self, folder: str | os.PathLike, beat: float = BEAT_SECONDS, silence: float = SILENCE_SECONDS):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        beat: float = BEAT_SECONDS,
+        silence: float = SILENCE_SECONDS,
+        lease: float = LEASE_SECONDS,
+    ):
         self.folder, self.path = Path(folder), Path(folder) / OWNER
-        self._beat, self._silence = beat, silence
+        self._beat, self._silence, self._lease = beat, silence, lease
         self._own = {
             "process": os.getpid(),
             "host": socket.gethostname(),
@@ -58,11 +69,12 @@ class FolderLock:
             "token": uuid.uuid4().hex,
         }
         self._beats = 0
+        self._intruder: bytes | None = None
         self._ending = threading.Event()
 
     def __enter__(self) -> FolderLock:
+        self._made = not self.folder.exists()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
         except OSError as error:
             raise FolderError(
@@ -76,19 +88,16 @@ class FolderLock:
     def __exit__(self, *exception) -> None:
         self._ending.set()
         self._thread.join(self._beat)
-        try:
+        with contextlib.suppress(OSError):  # the folder is gone, or its disk is
             if _token(_read(self.path)) == self._own["token"]:
                 self.path.unlink()
-        except OSError:
-            pass  # the folder is gone, or full of trouble that others tell of
-        finally:
-            self._close()
+            if self._made:
+                self.folder.rmdir()  # where nothing came of it
+        self._close()
 
     def _close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(self._file, fcntl.LOCK_UN)  # for a forked child too, which has the same open file
-        except OSError:
-            pass
         os.close(self._file)
 
     # -- taking it -----------------------------------------------------------------------------------------------------
@@ -98,60 +107,100 @@ class FolderLock:
             self._file = self._open()
             try:
                 locked = self._lock()
-                if not _is_at(self._file, self.path):  # its owner has ended just now, and removed it
-                    self._close()
-                    continue
-                self._look_for_another(locked)
-                self._say()
-                return
+                if locked is not None and _is_at(self._file, self.path):
+                    self._look_for_another(locked)
+                    self._say()
+                    if not locked:
+                        self._settle()
+                    return
             except BaseException:
                 os.close(self._file)
                 raise
+            self._close()  # its owner has ended just now, and removed it
 
     def _open(self) -> int:
-        try:
-            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-        except PermissionError:
-            if not (said := _read(self.path)):
-                raise
-            raise FolderError(
-                f"{self.folder} may be in use: {self.path} is of {_who(said)}, and cannot be locked from here. If that "
-                "has ended, remove this file; else choose another folder"
-            ) from None
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+        for attempt in range(10):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.open(self.path, flags, 0o666)
+            except FileNotFoundError:  # the folder was removed meanwhile
+                if attempt == 9:
+                    raise
+            except PermissionError:
+                if not (said := _read(self.path)):
+                    raise
+                raise FolderError(
+                    f"{self.folder} may be in use: {self.path} belongs to {_who(said)}, and cannot be locked from "
+                    "here. If that has ended, remove the file; else choose another folder"
+                ) from None
 
-    def _lock(self) -> bool:
-        """Whether it is locked now; False: the file system knows no locks."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            raise self._held() from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            log.warning("%s: its file system knows no locks; signs of life must do", self.path)
-            return False
+    def _lock(self) -> bool | None:
+        """Whether it is locked now; False: the file system knows no locks; None: the file is there no more."""
+        deadline, said = time.monotonic() + self._lease, None
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s: its file system knows no locks; signs of life must do", self.path)
+                return False
+            before, said = said, self._holder()
+            if said is None:
+                return None
+            if _parsed(said).get("boot") in (None, self._own["boot"]) or before not in (None, said):
+                raise self._held(said)
+            if before is None:
+                log.warning("%s: locked by %s; waiting for a sign of life, or for the lock", self.path, _who(said))
+            if time.monotonic() > deadline:
+                raise FolderError(
+                    f"{self.folder} is locked by {_who(said)}, which has given no sign of life for {self._lease:g} s. "
+                    f"If that machine has failed, remove {self.path}; else choose another folder"
+                )
+            time.sleep(self._beat / 5)
+
+    def _holder(self) -> bytes | None:
+        """What the file says, which may just be written."""
+        deadline = time.monotonic() + 1
+        with contextlib.suppress(OSError):  # some file systems let nobody else read what is locked
+            while (said := _read(self.path)) == b"" and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return said
+        return b""
 
     def _look_for_another(self, locked: bool) -> None:
         """After an owner that did not remove the file: whether it lives, for all that the lock says."""
-        left = _read(self.path)
+        left = os.pread(self._file, _LARGEST, 0)
         if _token(left) is None or (locked and _parsed(left).get("boot") == self._own["boot"]):
-            return  # nobody's, or of this machine, where the lock has died with it
-        log.warning("%s: left by %s; watching %g s for a sign of life", self.path, _who(left), self._silence)
+            return  # nobody's, or of this machine, where the lock has gone with it
+        log.warning("%s: left by %s; waiting %g s for a sign of life", self.path, _who(left), self._silence)
         deadline = time.monotonic() + self._silence
         while time.monotonic() < deadline:
             time.sleep(self._beat / 10)
-            if _read(self.path) != left:
-                raise self._held()
+            if (said := _read(self.path)) != left:
+                raise self._held(said)
         log.warning("%s: no sign of life: taken over", self.folder)
 
-    def _held(self) -> FolderError:
-        deadline = time.monotonic() + 1
-        while not (said := _read(self.path)) and time.monotonic() < deadline:
-            time.sleep(0.02)  # it has just taken it, and is about to write who it is
+    def _settle(self) -> None:
+        """Without a lock two may have come this far at once: the one that wrote last stays."""
+        for _ in range(20):
+            time.sleep(self._beat * random.uniform(0.5, 1))
+            said = _read(self.path)
+            if _token(said) == self._own["token"]:
+                return
+            if _token(said) is not None:
+                raise self._held(said)
+            self._beats = 0
+            self._say()  # two wrote at the same moment, and neither can be read
+        raise self._held(said)
+
+    def _held(self, said: bytes | None) -> FolderError:
         return FolderError(
-            f"{self.folder} is in use: {_who(said)} writes to it. Wait until that has ended, end it, or choose another "
-            "folder"
+            f"{self.folder} is in use by {_who(said)}. Wait until it has ended, end it, or choose another folder"
         )
 
     # -- keeping it ----------------------------------------------------------------------------------------------------
@@ -161,20 +210,26 @@ class FolderLock:
         if self._beats == 0:
             os.ftruncate(self._file, 0)  # later it grows, if anything, so that what is read is whole
         os.pwrite(self._file, text.encode(), 0)
+        os.fsync(self._file)  # a network file system would keep it to this machine for a while
         self._beats += 1
 
     def _keep(self) -> None:
         while not self._ending.wait(self._beat):
-            try:
+            with contextlib.suppress(OSError):  # the file system is away for now
                 found = _read(self.path)
                 if found is None:
                     self._put_back()
-                elif _token(found) != self._own["token"]:
-                    self._give_way(found)
-                else:
+                elif _token(found) in (None, self._own["token"]):
+                    self._beats *= _token(found) is not None  # somebody emptied it: all of it is written anew
                     self._say()
-            except OSError:
-                continue  # the file system is away for now
+                elif self._intruder is None:
+                    self._intruder = found
+                elif self._intruder == found:  # a copy of another folder's: nobody stands behind it
+                    self._intruder, self._beats = None, 0
+                    self._say()
+                elif not self._ending.is_set():
+                    say(f"process {os.getpid()} ends: {self.folder} was taken over by {_who(found)}")
+                    os._exit(2)
 
     def _put_back(self) -> None:
         """Somebody removed the file."""
@@ -189,19 +244,11 @@ class FolderLock:
         self._file, self._beats = file, 0
         self._say()
 
-    def _give_way(self, found: bytes) -> None:
-        if self._ending.is_set():
-            return
-        rank = os.environ.get("RANK", "0")
-        message = f"albef_ds: rank {rank} ends: {self.folder} was taken over by {_who(found)}\n"
-        os.write(2, message.encode())
-        os._exit(2)
-
 
 def _read(path: Path) -> bytes | None:
     """Opened anew every time: a network file system then asks its server. None: there is none."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
@@ -226,15 +273,15 @@ def _who(text: bytes | None) -> str:
     """The owner in words, for a terminal: it may be a stranger's file."""
     found = _parsed(text)
     if "process" not in found:
-        return f"another process (its {OWNER} cannot be read)"
+        return f"another process ({OWNER} there cannot be read)"
     words = {key: str(found.get(key, "unknown")) for key in ("process", "host", "user", "since", "command")}
     words = {key: word if word.isprintable() else ascii(word) for key, word in words.items()}
-    return "process {process} on {host} (user {user}), since {since}: {command}".format(**words)
+    return "process {process} on {host} (user {user}, since {since}; its command: {command})".format(**words)
 
 
 def _is_at(file: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
+        return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:
         return False
 

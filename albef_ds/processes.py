@@ -6,6 +6,7 @@ A process that is killed can clean up nothing, so nobody here waits for it to. T
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -16,7 +17,13 @@ from pathlib import Path
 import psutil
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "albef_ds")
+_MODULES = (
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "albef_ds",
+)
 _SCRIPTS = ("deepspeed", "ds", "torchrun")
 _OURS = ("demo", "downstream")  # the commands of albef_ds that start a launcher
 _SET_BY_LAUNCH = ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")  # by deepspeed.launcher.launch 0.19.8, for its ranks alone
@@ -32,6 +39,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
+def say(text: str) -> None:
+    """One line on stderr from any thread, even where nobody reads it any more and while Python ends."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"albef_ds: {text}\n".encode())
+
+
 class Launchers:
     """The launchers among this process's ancestors, DeepSpeed's, torchrun and our own commands that start one.
 
@@ -41,7 +54,8 @@ class Launchers:
 
     def __init__(self, environ: Mapping[str, str] = os.environ):
         self._links = _up_to_last_launcher()
-        self._gone_already = not self._links and all(name in environ for name in _SET_BY_LAUNCH)
+        started_by_one = all(name in environ for name in _SET_BY_LAUNCH)
+        self._gone_already = not self._links and started_by_one and _is_orphan()
 
     def gone(self) -> str | None:
         """Which of them is there no more, in words; None while all are, and where there never were any."""
@@ -70,6 +84,17 @@ def _up_to_last_launcher() -> list[tuple[int, int]]:
     except psutil.Error:  # another user's, or it has just ended
         pass
     return links[:last]
+
+
+def _is_orphan() -> bool:
+    """Whether this process was handed on to the system's first process, or to the session's, as those are whose parent
+    has ended. A parent that runs Python may be a launcher that does not look like one (in a debugger, renamed)."""
+    try:
+        parent = psutil.Process().parent()
+        name = "" if parent is None else parent.name()  # None: not to be seen from this container
+        return parent is not None and (parent.pid == 1 or name == "systemd") and not name.startswith("python")
+    except psutil.Error:
+        return False
 
 
 def _parent_of(process: int) -> int:

@@ -15,7 +15,7 @@ import logging
 import os
 import random
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +71,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
-        code = outcome(args)
+        code, run = outcome(args)
     except BaseException:
         if whole_process:
             end_soon(1)
         raise
     if whole_process:
         end_soon(code)
+    if run is not None and run.engine is not None:
+        run.engine.destroy()
     leave_distributed(together=code in (0, EXIT_REQUEUE))
     return code
 
 
-def outcome(args: argparse.Namespace) -> int:
+def outcome(args: argparse.Namespace) -> tuple[int, Run | None]:
     """The exit code of what was asked for. Errors that are not the user's pass through, and end the process."""
     run = None
     try:
@@ -99,9 +101,7 @@ def outcome(args: argparse.Namespace) -> int:
     except USER_ERRORS as error:
         tell(error)
         code = 2
-    if run is not None and run.engine is not None:
-        run.engine.destroy()
-    return code
+    return code, run
 
 
 def tell(error: Exception) -> None:
@@ -167,16 +167,18 @@ class Run:
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume: str | None, signals: StopSignals) -> int:
-        from albef_ds.training.agreement import owned
+        from albef_ds.training.agreement import hold
         from albef_ds.training.resume_point import resume_point
         from albef_ds.training.watchdog import Watchdog
 
         config, out = self.config, Path(self.config.output_dir)
-        with Watchdog(config.faults.dead_seconds, config.faults.timeout_minutes) as watchdog, owned(out):
-            start = resume_point(out, config.checkpoint, resume)
-            self.build()
-            watchdog.limit_groups()
-            return self.watched(start, signals, watchdog)
+        with ExitStack() as held:  # to the end, when the watchdog, too, has had its time
+            with Watchdog(config.faults.dead_seconds, config.faults.timeout_minutes) as watchdog:
+                hold(out, held)
+                start = resume_point(out, config.checkpoint, resume)
+                self.build()
+                watchdog.limit_groups()
+                return self.watched(start, signals, watchdog)
 
     def watched(self, start_from: Path | None, signals: StopSignals, watchdog) -> int:
         from albef_ds.data.loader import build_loader
@@ -186,6 +188,7 @@ class Run:
         from albef_ds.training.loop import Plan
         from albef_ds.training.monitor import Monitor
         from albef_ds.training.peak_flops import peak_flops_of, peak_flops_source
+        from albef_ds.training.retention import set_summary_aside
         from albef_ds.training.schedule import alpha_ramp
 
         config, out = self.config, Path(self.config.output_dir)
@@ -197,8 +200,6 @@ class Run:
         if start_from is not None:
             start = checkpoints.load(self.engine, start_from)
             log.info("resumed from %s, after step %d", start_from, start)
-        if self.rank == 0:  # not before: a run that is refused changes nothing
-            write_atomically(out / "config.yaml", config.to_yaml())
         validation = self.validation(start)
         ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
         plan = Plan(
@@ -230,8 +231,13 @@ class Run:
                 log_every=config.log.every,
             )
             monitor.rejected(loader.rejected if self.rank == 0 else ())
+            if self.rank == 0:
+                write_atomically(out / "config.yaml", config.to_yaml())
             return monitor
 
+        # From here on the run's folder changes; what is refused was refused before.
+        if start == 0 and self.rank == 0:
+            set_summary_aside(out)
         attempts = Attempts(self.engine, batches, monitor, checkpoints, out)
         summary = attempts.run(plan, config.faults, signals, watchdog)
         summary["mfu_of"] = peak_flops_source(self.device, self.arithmetic)
@@ -324,9 +330,11 @@ class Run:
 
     def dry(self) -> int:
         from albef_ds.training.dry_run import describe
+        from albef_ds.training.watchdog import Watchdog
 
-        self.build()
-        text = describe(self.engine, self.config, self.batch_plan, self.tokenizer, self.device)
+        with Watchdog(self.config.faults.dead_seconds, self.config.faults.timeout_minutes):
+            self.build()
+            text = describe(self.engine, self.config, self.batch_plan, self.tokenizer, self.device)
         if self.rank == 0:
             print(text)
         return 0

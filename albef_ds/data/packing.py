@@ -31,7 +31,7 @@ from albef_ds.data.shard_writer import HashedTar, sound_jpeg
 from albef_ds.folder_lock import FolderLock
 from albef_ds.processes import die_with_parent
 
-_WORK = ".packing"  # in OUT, until all is done
+_WORK, _IDENTITY = ".packing", "identity.json"  # in OUT, until all is done
 _LONGEST_CAPTION = 10_000  # characters; training reads the first 30 words
 
 
@@ -78,8 +78,10 @@ def pack(
     work = out / _WORK
     if (out / MANIFEST).exists():
         return _finished(out, identity)
-    _claim(out, work, identity)
+    _check_claim(out, work, identity)
     with FolderLock(work):
+        _check_claim(out, work, identity)  # now that nobody else writes there
+        write_atomically(work / _IDENTITY, json.dumps(identity))
         if not (out / MANIFEST).exists():  # another process may have packed it meanwhile
             _plan(sources, work, settings)
             shards = _count(work, settings)
@@ -109,19 +111,17 @@ def _finished(out: Path, identity: dict) -> Manifest:
     return manifest
 
 
-def _claim(out: Path, work: Path, identity: dict) -> None:
-    """Makes the folder this packing's own, or finds it to be so already."""
-    known = work / "identity.json"
+def _check_claim(out: Path, work: Path, identity: dict) -> None:
+    """That the folder is free, or this packing's already. Raises FileExistsError."""
+    known = work / _IDENTITY
     if known.exists():
         if json.loads(known.read_text()) != identity:
             raise FileExistsError(
                 f"{out} holds an unfinished packing of other sources or settings; delete it or choose another folder"
             )
         return
-    if out.exists() and any(p.name != _WORK for p in out.iterdir()):
+    if out.exists() and any(p.name != _WORK for p in out.iterdir()) and not (out / MANIFEST).exists():
         raise FileExistsError(f"{out} is not empty; choose another folder")
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, json.dumps(identity))
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _record(out: Path, shard: int) -> Path:
 def pack_shard(out: Path, shard: int) -> None:
     """Writes one shard, its index and, last, the record that both are complete."""
     work, name = out / _WORK, f"shard-{shard:06d}"
-    settings = json.loads((work / "identity.json").read_text())["settings"]
+    settings = json.loads((work / _IDENTITY).read_text())["settings"]
     size = settings["samples_per_shard"]
     offsets = np.load(work / "order.npy", mmap_mode="r")[shard * size : (shard + 1) * size]
     rows, rejects = [], []

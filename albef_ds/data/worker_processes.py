@@ -7,6 +7,7 @@ process stays for ever. And where a rank is killed, its workers notice only when
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -39,9 +40,15 @@ def batches_of(loader: DataLoader) -> Iterator:
     Raises what is `Raised`, and WorkerLostError.
     """
     before = set(multiprocessing.active_children())
-    if threading.current_thread() is threading.main_thread():  # the kernel means the thread, not the process
+    # The kernel means the thread, not the process, that has started it; and a fork server would stand between.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and multiprocessing.get_start_method() in ("fork", "spawn"):
         loader.worker_init_fn = partial(_start, os.getpid())
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except BaseException:
+        _kill(set(multiprocessing.active_children()) - before)
+        raise
     workers = set(multiprocessing.active_children()) - before
     try:
         with lost_workers_named():
@@ -74,18 +81,19 @@ def _start(parent: int, worker: int) -> None:
 
 
 def _end(batches: Iterator, workers: set) -> None:
-    """Torch's own way, and for those that do not take it SIGKILL, which cannot be blocked."""
-    killing = threading.Timer(ENDING_SECONDS, lambda: [worker.kill() for worker in workers])
-    killing.daemon = True
-    killing.start()
-    try:
-        with lost_workers_named():
-            batches._shutdown_workers()  # as torch 2.11 does it where nothing refers to the iterator any more
-    except WorkerLostError:
-        pass  # no news: it was killed before, or just now
-    finally:
-        killing.cancel()
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
+    """Torch's own way, in a thread, because it waits for its own threads without limit; then SIGKILL, which nobody can
+    block."""
+    # As torch 2.11 does it where nothing refers to the iterator any more.
+    ending = threading.Thread(target=batches._shutdown_workers, name="loader ends", daemon=True)
+    ending.start()
+    with contextlib.suppress(WorkerLostError), lost_workers_named():  # no news: it was killed before
+        ending.join(ENDING_SECONDS)
+    _kill(workers)
+
+
+def _kill(workers: set) -> None:
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        with contextlib.suppress(WorkerLostError), lost_workers_named():
             worker.join(ENDING_SECONDS)

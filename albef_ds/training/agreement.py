@@ -3,8 +3,8 @@ could not save, and the loss where spikes are watched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from albef_ds.folder_lock import FolderError, FolderLock
+from albef_ds.training.checkpoint_writer import finish_writing
 
 Found = TypeVar("Found")
 
@@ -40,13 +41,14 @@ def from_rank_zero(action: Callable[[], Found], *errors: type[Exception]) -> Fou
     return answer[0]
 
 
-@contextmanager
-def owned(folder: Path | None) -> Iterator[None]:
-    """Rank 0 holds the folder for all of its run; None: there is none. Collective to enter. Raises FolderError."""
-    with ExitStack() as held:
-        if folder is not None:
-            from_rank_zero(lambda: held.enter_context(FolderLock(folder)) and None, FolderError)
-        yield
+def hold(folder: Path, held: ExitStack) -> None:
+    """Rank 0 locks the folder for all of its run, until `held` ends. Collective. Raises FolderError."""
+
+    def take() -> None:
+        held.enter_context(FolderLock(folder))
+        held.callback(finish_writing)  # before the lock is given up
+
+    from_rank_zero(take, FolderError)
 
 
 @dataclass(frozen=True)

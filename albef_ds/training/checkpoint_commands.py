@@ -86,13 +86,13 @@ def run_prune(args: argparse.Namespace) -> int:
     if args.keep < 1:
         raise CheckpointError(f"--keep {args.keep}: at least one checkpoint stays")
     folder = _parent(args.folder)
-    complete = complete_folders(folder)
-    if not complete:
-        raise CheckpointError(f"{folder}: no complete checkpoint")
-    verify(complete[0])
     with ExitStack() as held:
-        if args.yes and folder.name == "checkpoints":  # of a run's folder, which the run owns while it trains
-            held.enter_context(FolderLock(folder.parent))
+        if args.yes and folder.resolve().name == "checkpoints":  # of a run's folder, which the run owns while it trains
+            held.enter_context(FolderLock(folder.resolve().parent))
+        complete = complete_folders(folder)
+        if not complete:
+            raise CheckpointError(f"{folder}: no complete checkpoint")
+        verify(complete[0])
         return _prune(folder, args)
 
 

@@ -8,19 +8,25 @@ its peers while groups are destroyed, a disk that is gone.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
+
+from albef_ds.processes import say
 
 SECONDS = 60.0  # as faults.dead_seconds is by default, within which the other ranks of a failed one end
 
 
 def end_soon(code: int, seconds: float = SECONDS) -> None:
-    """From now on this process has so many seconds to end by itself; then it ends with this status."""
+    """From now on this process has so many seconds to end by itself; then it ends with this status. For the main thread
+    of a process that has nothing else to do."""
 
     def end() -> None:
         time.sleep(seconds)
-        rank = os.environ.get("RANK", "0")
-        os.write(2, f"albef_ds: rank {rank}: still there {seconds:g} s after its end: ended, status {code}\n".encode())
+        say(f"rank {os.environ.get('RANK', '0')}: still there {seconds:g} s after its end: ended, status {code}")
         os._exit(code)
 
     threading.Thread(target=end, name="last resort", daemon=True).start()
+    # No thread of Python's runs any more once the interpreter is taken down, where a library may still wait.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds + 1)

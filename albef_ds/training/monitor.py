@@ -5,6 +5,7 @@ The device is asked for numbers once per log interval, in one copy; between two 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -143,7 +144,8 @@ class Monitor:
         if self._bar is not None:
             self._bar.set_postfix_str(self._text(self._last, brief=True), refresh=False)
         else:
-            print(self._text(self._last), flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more; metrics.jsonl has it all the same
+                print(self._text(self._last), flush=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,17 +37,18 @@ def resume_point(out: Path, settings: CheckpointConfig, wanted: str | None) -> P
         return None
     if wanted != "auto":
         return from_rank_zero(lambda: verify(wanted) and Path(wanted), CheckpointError)
-    return from_rank_zero(lambda: _automatic(out, settings), CheckpointError)
+    return from_rank_zero(lambda: newest_or_refusal(out, settings), CheckpointError)
 
 
-def _automatic(out: Path, settings: CheckpointConfig) -> Path | None:
+def newest_or_refusal(out: Path, settings: CheckpointConfig) -> Path | None:
+    """The newest usable checkpoint; None where there was none yet. Raises CheckpointError where there was."""
     folder = out / "checkpoints"
     try:
         found, faults = newest_usable(folder, settings.upload)
         if found is not None:
             return found
         if not faults:
-            faults = _traces(out, settings.every)
+            faults = _traces(out, settings)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}; nothing was changed") from error
     if faults:
@@ -97,28 +99,29 @@ def _links(folder: Path) -> list[str]:
     return [f"{link}: a link; links are not followed: put the checkpoint itself there" for link in links]
 
 
-def _traces(out: Path, every: int) -> list[str]:
-    """What says that this run once had a checkpoint, of which nothing, or nothing whole, is left.
+def _traces(out: Path, settings: CheckpointConfig) -> list[str]:
+    """What says that this run once had a checkpoint, of which nothing whole is left.
 
     A run killed before its first checkpoint was written is no such case: it may begin again. That checkpoint is on the
-    disk before the second one is begun.
+    disk before the second one is begun, unless checkpoint.on_error says to go on without.
     """
-    folder = out / "checkpoints"
-    traces = []
-    try:
-        every = load_config(str(out / "config.yaml")).checkpoint.every  # of the run that was; today's may be another
-    except ConfigError:
-        pass
-    last = max((line["step"] for line in read_lines(out / "metrics.jsonl") if type(line.get("step")) is int), default=0)
-    if last > 2 * every:
-        traces.append(f"{out / 'metrics.jsonl'}: goes to step {last}, and there was to be a checkpoint every {every}")
-    if not any(folder.glob(f"{ASIDE}*")):  # else the user has started over already
-        if _steps_of(out / "summary.json"):
-            traces.append(f"{out / 'summary.json'}: the run has ended after step {_steps_of(out / 'summary.json')}")
+    folder, traces = out / "checkpoints", []
+    with contextlib.suppress(ConfigError):
+        settings = load_config(str(out / "config.yaml")).checkpoint  # of the run that was; today's may be another
+    incomplete = step_folders(folder)
+    if settings.on_error != "continue":
+        lines = read_lines(out / "metrics.jsonl")
+        last = max((line["step"] for line in lines if type(line.get("step")) is int), default=0)
+        if last > 2 * settings.every:
+            saves = f"there was to be a checkpoint every {settings.every}"
+            traces.append(f"{out / 'metrics.jsonl'}: goes to step {last}, and {saves}")
         if (out / STOPPED).exists():
             traces.append(f"{out / STOPPED}: the run was asked to end, and saved")
-    if traces:
-        traces += [f"{checkpoint}: incomplete (no manifest)" for checkpoint in step_folders(folder)]
+        if steps := _steps_of(out / "summary.json"):
+            traces.append(f"{out / 'summary.json'}: the run has ended, after step {steps}")
+    if traces or len(incomplete) > 1:
+        traces += [f"{checkpoint}: incomplete (no manifest)" for checkpoint in incomplete]
+        traces += [f"{checkpoint}: set aside when the run started over" for checkpoint in folder.glob(f"{ASIDE}step_*")]
     return traces
 
 

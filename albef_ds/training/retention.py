@@ -13,7 +13,7 @@ from albef_ds.training.checkpoint_manifest import MANIFEST
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d{8,15})")
-ASIDE = "set_aside_"  # before the names of checkpoints that another course of the same run left
+ASIDE = "set_aside_"  # before the names of what another course of the same run has left
 
 
 def step_folder(step: int) -> str:
@@ -65,6 +65,12 @@ def prune(
     for path in gone if remove else ():
         remove_folder(path, first=MANIFEST)
     return gone
+
+
+def set_summary_aside(out: Path) -> None:
+    """That a run has ended is true no more where it begins again."""
+    if (out / "summary.json").exists():
+        (out / "summary.json").replace(out / f"{ASIDE}summary.json")
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:

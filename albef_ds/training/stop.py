@@ -11,16 +11,17 @@ A launcher that is gone, killed as a rule, counts as a signal: nobody else would
 longer than `faults.dead_seconds`, the rank ends without.
 
 The deepspeed launcher (0.19.8): SIGTERM to `deepspeed.launcher.launch` goes to its ranks one after the other, each has
-30 s to end, and the launcher's own status is 1 whatever theirs. SIGTERM to the `deepspeed` command itself is not passed
-on: it ends, and so do its ranks, as said. A signal sent to a rank ends all, and the launcher's status is 75. Because a
+30 s to end, and the launcher's own status is 1 whatever theirs. SIGTERM to the `deepspeed` command itself, on one
+machine, is not passed on: it ends, and so do its ranks, as said. On several its ranks are not its children: where it is
+killed, they go on. A signal sent to a rank ends all, and the launcher's status is 75. Because a
 launcher may hide the status, `stopped.json` in the run's folder says the same, until the run goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,11 +29,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from albef_ds.data.files import write_atomically
-from albef_ds.processes import Launchers
+from albef_ds.processes import Launchers, say
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = "stopped.json"
+LAUNCHER = "launcher"  # in `received`
 LOOK_SECONDS = 1.0  # between two looks for the launcher
 
 
@@ -45,28 +47,34 @@ class Stopped(Exception):  # noqa: N818 (no error: a run that was asked to end)
 
 
 class StopSignals:
-    """While entered, this process answers to SIGTERM, SIGUSR1 and the end of its launcher as described above. Main
-    thread only.
+    """While entered, this process answers to SIGTERM, SIGUSR1 and the end of its launcher as described above; entered
+    in another than the main thread, where Python allows no handlers, it does not.
 
     Threads answer: Python runs handlers in the main thread, which may be waiting for a lost rank for ever.
     """
 
     def __init__(self):
-        self.received: str | None = None  # the signal's name, or "launcher"
+        self.received: str | None = None  # the signal's name, or LAUNCHER
         self._patience: float | None = None  # seconds for saving; None: there is nothing to save
         self._previous: dict = {}
 
     def __enter__(self) -> StopSignals:
+        self._answers = threading.current_thread() is threading.main_thread()
+        if not self._answers:
+            return self
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._answer, args=(reader,), name="stop signals", daemon=True).start()
         self._left = threading.Event()
-        threading.Thread(target=self._watch_launchers, name="launcher watch", daemon=True).start()
+        launchers = Launchers()  # here, not in the thread: they are looked up while they are most likely there
+        threading.Thread(target=self._watch, args=(launchers,), name="launcher watch", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
+        if not self._answers:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
@@ -92,30 +100,39 @@ class StopSignals:
     def _take(self, number: signal.Signals) -> None:
         if self._patience is None:
             os._exit(EXIT_REQUEUE)
-        if self.received is not None:
+        if self.received not in (None, LAUNCHER):
             os._exit(128 + number)
         self.received = number.name
-        _say(f"{number.name}: saving after the next step, then ending")
+        say(f"{number.name}: saving after the next step, then ending")
 
-    def _watch_launchers(self) -> None:
-        launchers = Launchers()
+    def _watch(self, launchers: Launchers) -> None:
         while (gone := launchers.gone()) is None:
             if self._left.wait(LOOK_SECONDS):
                 return
+        _mute_unheard()
         rank, patience = os.environ.get("RANK", "0"), self._patience
         if patience is None:
-            _say(f"rank {rank} ends: {gone} is gone")
+            say(f"rank {rank} ends: {gone} is gone")
             os._exit(EXIT_REQUEUE)
-        self.received = self.received or "launcher"
-        _say(f"rank {rank}: {gone} is gone: saving after the next step, then ending")
+        if self.received is not None:  # it is about to end, at the pace that whoever asked for it allows
+            return
+        self.received = LAUNCHER
+        say(f"rank {rank}: {gone} is gone: saving after the next step, then ending")
         if not self._left.wait(patience):
-            _say(f"rank {rank} ends: {gone} is gone, and saving took longer than {patience:g} s (faults.dead_seconds)")
+            say(f"rank {rank} ends: {gone} is gone, and {patience:g} s later (faults.dead_seconds) nothing was saved")
             os._exit(EXIT_REQUEUE)
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # who read it may be gone with the launcher
-        os.write(2, f"albef_ds: {text}\n".encode())
+def _mute_unheard() -> None:
+    """What the launcher's output went to (tee, a log's pipe) may be gone with it: a line printed there would be an
+    error, in place of a checkpoint."""
+    for stream in (1, 2):
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        if any(found & (select.POLLERR | select.POLLNVAL) for _, found in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
 
 
 @contextmanager

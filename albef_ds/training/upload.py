@@ -153,6 +153,8 @@ def download_newest(url: str, folder: Path) -> tuple[Path | None, list[str]]:
         names = complete_remote(files, path)
     except Exception as error:
         raise CheckpointError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
+    for left in folder.glob(f"{FETCHING}*"):  # of a start that was killed
+        shutil.rmtree(left, ignore_errors=True)
     faults: list[str] = []
     for name in names:
         try:
@@ -176,7 +178,6 @@ def download(files, remote: str, target: Path, source: str) -> Path:
         with files.open(f"{remote}/{MANIFEST}", "rb") as file:
             text = file.read((64 << 20) + 1)
         manifest = parse_manifest(text, f"{source}/{MANIFEST}")
-        shutil.rmtree(part, ignore_errors=True)  # of a start that was killed
         part.mkdir(parents=True)
         size = f"{manifest.total_bytes:,} bytes"
         if shutil.disk_usage(part).free < manifest.total_bytes:

@@ -28,6 +28,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from albef_ds.processes import say
 from albef_ds.training.rendezvous import open_store
 
 EXIT_RANK_LOST = 69  # EX_UNAVAILABLE of sysexits.h
@@ -90,7 +91,7 @@ class Watchdog:
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None and _may_be_a_lost_peer(error) and self.world_size > 1:
             text = str(error).strip().splitlines()
-            print(f"albef_ds: rank {self.rank}: {text[0] if text else kind.__name__}", file=sys.stderr, flush=True)
+            say(f"rank {self.rank}: {text[0] if text else kind.__name__}")
             self._failing = True
             # The judge ends this process, with a better message, if a rank is missing. This one goes on giving signs.
             time.sleep(self.dead_seconds + 3 * self.interval)
@@ -191,7 +192,9 @@ class Watchdog:
             why = zero.left or (f"it does not answer ({self._store_error})" if self._store_error else silence)
             return f"rank 0 ({zero.where}) is lost: {why}"
         silent = [r for r in self._others.values() if r.left is None and now - r.at > self.dead_seconds]
-        failed = [r for r in self._others.values() if r.left and now - r.at > self.dead_seconds and not self._failing]
+        failed = [r for r in self._others.values() if r.left and now - r.at > self.dead_seconds]
+        if self._failing:  # it leaves by itself soon; where both met a RuntimeError, neither explains the other's
+            failed = [r for r in failed if r.failing_since is None]
         if silent:
             return "; ".join(f"{r.name} ({r.where}) is lost: no sign of life for {now - r.at:.0f} s" for r in silent)
         if failed:
@@ -201,12 +204,13 @@ class Watchdog:
     def _end(self, verdict: str) -> None:
         if self._left is not None:  # the main thread has come to its own end meanwhile
             return
-        if self._with_stacks:
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stdout.flush()
-        message = f"albef_ds: rank {self.rank} ends: {verdict}\n"
-        os.write(2, message.encode())
-        os._exit(EXIT_RANK_LOST)
+        try:
+            say(f"rank {self.rank} ends: {verdict}")
+            if self._with_stacks:
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            sys.stdout.flush()
+        finally:  # whoever read it may be gone
+            os._exit(EXIT_RANK_LOST)
 
     def _start(self, target) -> threading.Thread:
         thread = threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True)

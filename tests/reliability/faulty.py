@@ -4,17 +4,21 @@
 
 A fault: {"do": what, "rank": whose, "step": when}, and for some {"until": last step} or {"phase": of the step}. What:
     kill, stop, hang, raise      this process: SIGKILL, SIGSTOP, stand still, an error, while it computes the step
+    kill_worker                  SIGKILL to one of its loader processes
     term, usr1, term_again       the signal to itself; twice
     nan, nan_constant, nan_grad  the loss not finite; a NaN without a gradient; a NaN gradient of a finite loss
     spike                        the loss of the samples that this step has, a thousandfold, whenever they come
     report                       says which of PyTorch's settings are in force
     kill_after                   SIGKILL so many "seconds" after the loop began
+    wait_for                     stands still until there is a "file"
+    evaluate_on                  says "evaluating" and evaluates again and again, between two epochs
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +29,7 @@ import torch
 
 from albef_ds import train
 from albef_ds.tasks.pretraining import Pretraining
+from albef_ds.training.validation import Validation
 from albef_ds.training.watchdog import Watchdog
 
 RANK = int(os.environ["RANK"])
@@ -40,6 +45,17 @@ def send_twice() -> None:
     send(signal.SIGTERM)
     time.sleep(0.5)  # one signal that is pending already swallows its like
     send(signal.SIGTERM)
+
+
+def kill_worker() -> None:
+    """Torch hears of it by a signal, at the next line that Python runs, or when it next waits for a batch."""
+    multiprocessing.active_children()[0].kill()
+
+
+def evaluate_on(self, step) -> None:
+    print("evaluating", flush=True)
+    while True:
+        self.evaluate()
 
 
 def fail() -> None:
@@ -58,6 +74,7 @@ def report() -> None:
 ACTIONS = {
     "report": report,
     "kill": lambda: send(signal.SIGKILL),
+    "kill_worker": lambda: kill_worker(),
     "stop": lambda: send(signal.SIGSTOP),
     "hang": lambda: time.sleep(3600),
     "raise": fail,
@@ -83,6 +100,9 @@ def main() -> int:
             if fault["do"] in ACTIONS and fault["step"] == step and phase == fault.get("phase", "computing"):
                 faults.remove(fault)
                 ACTIONS[fault["do"]]()
+            elif fault["do"] == "wait_for" and fault["step"] == step:
+                while not os.path.exists(fault["file"]):
+                    time.sleep(0.02)
 
     def faulty_forward(self, batch):
         losses = forward(self, batch)
@@ -103,6 +123,8 @@ def main() -> int:
         return losses
 
     Watchdog.at, Pretraining.forward = faulty_at, faulty_forward
+    if any(fault["do"] == "evaluate_on" for fault in faults):
+        Validation.after_step = evaluate_on
     return train.main(sys.argv[2:])
 
 

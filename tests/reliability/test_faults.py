@@ -31,12 +31,12 @@ def assert_equal_runs(expected: Path, found: Path, steps: int) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize(("fault", "lost"), [("kill", 1), ("stop", 0)])
-def test_a_rank_that_is_lost_ends_the_other_and_is_named(tmp_path, fault, lost):
+@pytest.mark.parametrize(("fault", "lost", "loader"), [("kill", 1, "torch"), ("stop", 0, "auto")])
+def test_a_rank_that_is_lost_ends_the_other_and_is_named(tmp_path, fault, lost, loader):
     other = 1 - lost
     recipe = str(write_recipe(tmp_path))
     fault = {"do": fault, "rank": lost, "step": 3}
-    ended = run_faulty([fault], [recipe, *QUICK], tmp_path, wait_for=(other,))
+    ended = run_faulty([fault], [recipe, *QUICK], tmp_path, wait_for=(other,), loader=loader)
     assert ended.codes[other] == EXIT_RANK_LOST, ended
     assert f"albef_ds: rank {other} ends: rank {lost} (" in ended.outputs[other], ended
     assert "is lost" in ended.outputs[other]
@@ -45,7 +45,8 @@ def test_a_rank_that_is_lost_ends_the_other_and_is_named(tmp_path, fault, lost):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = run_faulty([{"do": "report", "step": 1}], [str(write_recipe(folder)), "train.deterministic=true"], folder)
+    arguments = [str(write_recipe(folder)), "train.deterministic=true"]
+    ended = run_faulty([{"do": "report", "step": 1}], arguments, folder, workers=0)  # they change no batch
     assert ended.codes == [0, 0], ended
     for output in ended.outputs:
         settings = json.loads(next(line for line in output.splitlines() if line.startswith("settings"))[9:])
@@ -54,7 +55,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def test_asked_to_end_it_saves_says_so_and_goes_on_bitwise_and_deterministic_runs_are_equal(undisturbed, tmp_path):
-    arguments = [str(write_recipe(tmp_path)), "data.workers=1", "train.deterministic=true"]
+    arguments = [str(write_recipe(tmp_path)), "train.deterministic=true"]
     ended = run_faulty([{"do": "usr1", "rank": 1, "step": 5}], arguments, tmp_path)
     assert ended.codes == [EXIT_REQUEUE, EXIT_REQUEUE], ended
     assert "SIGUSR1: saving after the next step" in ended.outputs[1]
@@ -138,7 +139,7 @@ def test_a_signal_outside_the_loop_ends_at_once_and_worker_processes_never_see_o
             time.sleep(10)
 
     def twice() -> None:
-        with StopSignals() as signals, signals.holding():
+        with StopSignals() as signals, signals.holding(patience=60):
             os.kill(os.getpid(), signal.SIGTERM)
             while signals.received is None:
                 time.sleep(0.01)

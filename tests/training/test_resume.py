@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from albef_ds.training.checkpoint_manifest import MANIFEST, CheckpointError, verify
-from albef_ds.training.retention import complete_folders
+from albef_ds.training.retention import ASIDE, complete_folders
+from tests.training.test_resume_point import contents, set_schema
 from tests.training_run import metrics, run_training, write_recipe
 
 SAME = ("losses", "lr", "alpha", "temperature", "grad_norm")
@@ -112,7 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(copy, damage):
 
 
 def test_another_model_and_other_data_are_refused(copy):
-    recipe = str(copy / "recipe.yaml")
+    recipe, before = str(copy / "recipe.yaml"), contents(copy / "run")
     here = f"output_dir={copy / 'run'}"
     codes, output = run_training([recipe, here, "model.embed_dim=8"])
     assert codes == [2, 2] and "another configuration: model.embed_dim was 16, is 8" in output
@@ -121,6 +122,30 @@ def test_another_model_and_other_data_are_refused(copy):
     root = f"data.image_root={copy / 'data'}"
     codes, output = run_training([recipe, here, f"data.train=[{annotations}]", root])
     assert codes == [2, 2] and "data.samples was 120, is 100" in output
+    codes, output = run_training([recipe, here, "evaluation.every=1"], ranks=1)  # found when all is built and loaded
+    assert codes == [2] and "data.val is empty" in output
+    assert contents(copy / "run") == before
+
+
+def test_where_no_checkpoint_can_be_used_nothing_is_touched_until_the_user_says_so(copy):
+    """Two ranks with loader workers."""
+    run = copy / "run"
+    arguments = [str(copy / "recipe.yaml"), f"output_dir={run}", "data.workers=2", "data.loader=torch"]
+    for checkpoint in checkpoints_of(copy):
+        set_schema(checkpoint, 3)
+    before = contents(run)
+    codes, output = run_training([*arguments, "log.every=2"])
+    assert codes == [2, 2], output
+    assert output.count("does not start over unasked") == 1, output  # of two ranks
+    assert output.count("written by a newer version") == 2 and "--resume none starts over" in output
+    assert contents(run) == before
+
+    codes, output = run_training([*arguments, "train.max_steps=4", "--resume", "none"])
+    assert codes == [0, 0], output
+    assert sorted(metrics(run)) == [1, 2, 3, 4]
+    names = [f"{ASIDE}step_00000012", f"{ASIDE}step_00000013", "step_00000004"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == names
+    assert sorted(p.name for p in run.glob("*summary.json")) == [f"{ASIDE}summary.json", "summary.json"]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(copy):
