@@ -200,21 +200,7 @@ class Run:
         if start_from is not None:
             start = checkpoints.load(self.engine, start_from)
             log.info("resumed from %s, after step %d", start_from, start)
-        validation = self.validation(start)
-        ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
-        plan = Plan(
-            start_step=start,
-            total_steps=total,
-            accumulation=self.batch_plan.accumulation,
-            learning_rate=self.learning_rate(loader.steps_per_epoch, total),
-            alpha=lambda step: alpha_ramp(step, *ramp),
-            checkpoint_every=config.checkpoint.every,
-            log_every=config.log.every,
-            log_keys=config.log.keys,
-            validate=validation and validation.after_step,
-            validate_every=config.evaluation.every and config.evaluation.every * loader.steps_per_epoch,
-        )
-        log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
+        learning_rate = self.learning_rate(loader.steps_per_epoch, total)
 
         def batches(start_step: int):
             with closing(loader.batches(start_step)) as loaded:
@@ -235,10 +221,25 @@ class Run:
                 write_atomically(out / "config.yaml", config.to_yaml())
             return monitor
 
-        # From here on the run's folder changes; what is refused was refused before.
+        attempts = Attempts(self.engine, batches, monitor, checkpoints, out)
+        # From here on the run's folder changes: what refuses a run has done so before, or does in the next line.
+        validation = self.validation(start)
         if start == 0 and self.rank == 0:
             set_summary_aside(out)
-        attempts = Attempts(self.engine, batches, monitor, checkpoints, out)
+        ramp = (loader.steps_per_epoch, config.train.alpha, config.train.alpha_ramp_epochs)
+        plan = Plan(
+            start_step=start,
+            total_steps=total,
+            accumulation=self.batch_plan.accumulation,
+            learning_rate=learning_rate,
+            alpha=lambda step: alpha_ramp(step, *ramp),
+            checkpoint_every=config.checkpoint.every,
+            log_every=config.log.every,
+            log_keys=config.log.keys,
+            validate=validation and validation.after_step,
+            validate_every=config.evaluation.every and config.evaluation.every * loader.steps_per_epoch,
+        )
+        log.info("%d steps, %d an epoch, from step %d", total, loader.steps_per_epoch, start)
         summary = attempts.run(plan, config.faults, signals, watchdog)
         summary["mfu_of"] = peak_flops_source(self.device, self.arithmetic)
         written = out / "summary.json"

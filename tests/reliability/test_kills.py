@@ -18,14 +18,16 @@ import psutil
 import pytest
 
 from albef_ds.training.rendezvous import free_port
-from tests.reliability.processes import MARK, ROOT, assert_none_left, environment, marked, run_faulty, until
+from tests.reliability.processes import MARK, ROOT, assert_none_left, environment, marked, run_faulty, started, until
 from tests.training_run import metrics, write_recipe
 
 pytestmark = pytest.mark.slow
 
 DEAD_SECONDS = 5
 PROMISED = DEAD_SECONDS + 10  # seconds: "faults.dead_seconds and a little", on a machine of two cores
-VICTIMS = ("runner", "launch", "rank 0", "rank 1", "worker")
+VICTIMS, STAGES = ("runner", "launch", "rank 0", "rank 1", "worker"), ("start", "training", "evaluation")
+# Workers start with the first batch.
+KILLS = [(victim, stage) for victim in VICTIMS for stage in STAGES if (victim, stage) != ("worker", "start")]
 
 
 def command_of(folder: Path, stage: str) -> list[str]:
@@ -58,11 +60,8 @@ def victim_of(name: str, run: subprocess.Popen) -> psutil.Process:
     return ranks["1"].children()[0] if name == "worker" else ranks[name.split()[1]]
 
 
-@pytest.mark.parametrize("stage", ["start", "training", "evaluation"])
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize(("victim", "stage"), KILLS)
 def test_whoever_is_killed_nothing_is_left(tmp_path, victim, stage):
-    if (victim, stage) == ("worker", "start"):
-        pytest.skip("there are no workers yet: they start with the first batch")
     mark = uuid.uuid4().hex
     environ = {k: v for k, v in environment(0, 2, 0).items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
@@ -99,8 +98,6 @@ def test_whoever_is_killed_nothing_is_left(tmp_path, victim, stage):
 def test_an_orphan_owns_its_folder_until_it_has_ended(tmp_path):
     """The launcher is killed, its ranks are stopped in the middle of a step, and the command is started again."""
     recipe = str(write_recipe(tmp_path, train={"max_steps": 12}))
-    from tests.reliability.processes import started
-
     settings = [recipe, "data.workers=2", "data.loader=torch"]
     with started([{"do": "stop", "step": 3}], settings, tmp_path, tag="orphan") as orphan:
         rank = psutil.Process(orphan.processes[0].pid)
