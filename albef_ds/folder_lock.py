@@ -93,11 +93,6 @@ class FolderLock:
                 self.path.unlink()
             if self._made:
                 self.folder.rmdir()  # where nothing came of it
-        self._close()
-
-    def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # for a forked child too, which has the same open file
         os.close(self._file)
 
     # -- taking it -----------------------------------------------------------------------------------------------------
@@ -116,7 +111,7 @@ class FolderLock:
             except BaseException:
                 os.close(self._file)
                 raise
-            self._close()  # its owner has ended just now, and removed it
+            os.close(self._file)  # its owner has ended just now, and removed it
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -240,7 +235,7 @@ class FolderLock:
             if error.errno not in _NO_LOCKS:
                 os.close(file)
                 return  # another process opened it at once: the next look will tell
-        self._close()
+        os.close(self._file)
         self._file, self._beats = file, 0
         self._say()
 

@@ -99,6 +99,20 @@ def test_left_in_good_order_it_is_free_although_a_forked_child_has_the_file_open
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_its_owner_removes_meanwhile_is_not_the_one_to_lock(tmp_path, monkeypatch):
+    (tmp_path / OWNER).touch()
+    really_lock = fcntl.flock
+
+    def ended_just_now(file, operation) -> None:
+        (tmp_path / OWNER).unlink()
+        monkeypatch.setattr(fcntl, "flock", really_lock)
+        really_lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ended_just_now)
+    with lock(tmp_path), pytest.raises(FolderError, match=f"process {os.getpid()} on"), lock(tmp_path):
+        pass
+
+
 def test_many_at_once_are_never_two(tmp_path):
     """A counter that only an owner may touch loses no step."""
     (tmp_path / "counter").write_text("0")
@@ -192,21 +206,27 @@ def test_a_lock_of_another_machine_is_believed_while_it_gives_signs_of_life(tmp_
         assert json.loads((tmp_path / OWNER).read_text())["process"] == os.getpid()
 
 
-def test_of_many_that_take_it_at_once_without_locks_one_stays(tmp_path):
-    code = "import errno, fcntl, sys\n"
-    code += "def no_locks(*_):\n    raise OSError(errno.ENOLCK, 'none')\nfcntl.flock = no_locks\n"
-    code += "from albef_ds.folder_lock import FolderLock\nimport time\nsys.stdin.readline()\n"
-    code += "with FolderLock(sys.argv[1], beat=0.3, silence=1):\n    print('held', flush=True)\n    time.sleep(2)\n"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(4)]
-    time.sleep(2)  # for all of them to have imported it
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert sorted(out for out, _ in outputs) == ["", "", "", "held\n"], outputs
-    assert sorted(process.returncode for process in processes) == [0, 1, 1, 1]
+def test_of_two_that_take_it_at_once_without_locks_one_stays(tmp_path, monkeypatch):
+    """Both have looked and found nobody before either has written."""
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(FolderLock, "_look_for_another", lambda *_: None)
+    together, ended = threading.Barrier(2), []
+
+    def take() -> None:
+        together.wait()
+        try:
+            with lock(tmp_path):
+                time.sleep(1)
+                ended.append("held")
+        except FolderError:
+            ended.append("refused")
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(ended) == ["held", "refused"]
 
 
 def test_an_owner_that_stood_still_too_long_gives_way(tmp_path, holder):

@@ -71,7 +71,7 @@ def lost_workers_named() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise WorkerLostError(
-            f"{str(error).splitlines()[0].strip()} It prepared batches; where memory was short, lower data.workers. "
+            f"{str(error).splitlines()[0].rstrip('. ')}. It prepared batches; where memory was short, lower data.workers. "
             "Start the same command again: it goes on from the last checkpoint"
         ) from None
 
