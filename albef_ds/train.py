@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         end_soon(code)
     if run is not None and run.engine is not None:
         run.engine.destroy()
+    del run  # the engine's groups end with the last reference to them
     leave_distributed(together=code in (0, EXIT_REQUEUE))
     return code
 

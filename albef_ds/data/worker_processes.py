@@ -71,8 +71,8 @@ def lost_workers_named() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise WorkerLostError(
-            f"{str(error).splitlines()[0].rstrip('. ')}. It prepared batches; where memory was short, lower data.workers. "
-            "Start the same command again: it goes on from the last checkpoint"
+            f"{str(error).splitlines()[0].rstrip('. ')}. It prepared batches; where memory was short, lower "
+            "data.workers. Start the same command again: it goes on from the last checkpoint"
         ) from None
 
 

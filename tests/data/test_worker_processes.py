@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from albef_ds.data import worker_processes
 from albef_ds.data.worker_processes import WorkerLostError, batches_of
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Stuck(Dataset):
@@ -51,6 +57,42 @@ def test_workers_that_take_no_hint_are_gone_within_seconds(blocked, ends):
     del batches
     assert time.monotonic() - began < 3 * worker_processes.ENDING_SECONDS
     assert not any(worker.is_alive() for worker in workers)
+
+
+STUCK = """
+import multiprocessing
+from torch.utils.data import DataLoader
+from albef_ds.data.worker_processes import batches_of
+from tests.data.test_worker_processes import Stuck
+batches = batches_of(DataLoader(Stuck(), batch_size=2, num_workers=2))
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+input()
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    """Torch's look for their parent when they are next out of work."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, **pipes)
+    workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(map(is_there, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = [worker for worker in workers if is_there(worker)]
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
+def is_there(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_without_workers_it_is_the_loader(blocked):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,52 +21,54 @@ def albef_ds(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
 
 
-def test_the_second_run_is_refused_the_first_goes_on_and_readers_are_let_in(tmp_path):
-    recipe = str(write_recipe(tmp_path, train={"max_steps": 20}, log={"report": False}))
-    run = tmp_path / "run"
-    settings = [recipe, "data.workers=2", "data.loader=torch"]
-    with started([{"do": "wait_for", "file": str(tmp_path / "go"), "step": 6}], settings, tmp_path) as first:
+def held(folder: Path, step: int) -> dict:
+    """The fault that keeps a run before this step."""
+    return {"do": "wait_for", "file": str(folder / "go"), "step": step}
+
+
+def test_the_second_run_is_refused_and_told_and_the_first_goes_on(tmp_path):
+    recipe = str(write_recipe(tmp_path, train={"max_steps": 6}, data={"workers": 2, "loader": "torch"}))
+    run, second = tmp_path / "run", tmp_path / "second"
+    second.mkdir()
+    with started([held(tmp_path, 5)], [recipe], tmp_path) as first:
         assert until(lambda: (run / "checkpoints" / "step_00000004" / "manifest.json").exists(), 120), first.outputs
-        owner = json.loads((run / OWNER).read_text())
+        owner, config = json.loads((run / OWNER).read_text()), (run / "config.yaml").read_bytes()
         assert owner["process"] == first.processes[0].pid
-        config = (run / "config.yaml").read_bytes()
-        second = tmp_path / "second"
-        second.mkdir()
         ended = run_faulty([], [recipe, "train.seed=7"], second)
         assert ended.codes == [2, 2], ended
         said = [line for output in ended.outputs for line in output.splitlines() if "is in use" in line]
         assert len(said) == 1, ended
         expected = f"albef_ds: {run} is in use by process {owner['process']} on {owner['host']} (user {owner['user']}, "
         assert said[0].startswith(f"{expected}since {owner['since']}; "), said
-        assert (run / "config.yaml").read_bytes() == config and not (run / "bad_steps.json").exists()
-
-        report = albef_ds("report", run)
-        assert report.returncode == 0 and (run / "report.html").exists(), report
-        verified = albef_ds("checkpoint", "verify", run)
-        assert verified.returncode == 0, verified
-        pruned = albef_ds("checkpoint", "prune", run, "--yes")
-        assert pruned.returncode == 2 and "is in use by process" in pruned.stderr, pruned
-        assert first.processes[0].poll() is None
+        assert (run / "config.yaml").read_bytes() == config
         (tmp_path / "go").touch()
         assert first.wait(120) == [0, 0], first.outputs
-    assert sorted(metrics(run)) == list(range(1, 21))
+    assert sorted(metrics(run)) == list(range(1, 7))
     assert not (run / OWNER).exists()
 
 
 @pytest.mark.slow
-def test_what_evaluates_is_let_in_and_may_not_write_there(tmp_path):
+def test_what_reads_is_let_in_and_what_would_write_is_not(tmp_path):
     recipe = str(write_recipe(tmp_path, train={"max_steps": 8}, data={"workers": 2, "loader": "torch"}))
     run = tmp_path / "run"
     ended = run_faulty([], [recipe], tmp_path)
     assert ended.codes == [0, 0], ended
     weights = [recipe, run / "albef.pth", f"data.test={tmp_path / 'data' / 'test.json'}", "evaluation.k_test=4"]
-    waits = {"do": "wait_for", "file": str(tmp_path / "never"), "step": 9}
-    with started([waits], [recipe, "train.max_steps=30"], tmp_path, tag="longer") as longer:
+    with started([held(tmp_path, 9)], [recipe, "train.max_steps=30"], tmp_path, tag="longer") as longer:
         assert until(lambda: "max_steps: 30" in (run / "config.yaml").read_text(), 120), longer.outputs
         summary = (run / "summary.json").read_bytes()
-        into_it = albef_ds("evaluate", *weights, "--out", run)
-        assert into_it.returncode == 2 and "is in use by process" in into_it.stderr, into_it
+        for command in (["evaluate", *weights, "--out", run], ["checkpoint", "prune", run, "--yes"]):
+            refused = albef_ds(*command)
+            assert refused.returncode == 2 and "is in use by process" in refused.stderr, refused
         assert "max_steps: 30" in (run / "config.yaml").read_text() and (run / "summary.json").read_bytes() == summary
-        beside = albef_ds("evaluate", *weights, "--out", tmp_path / "evaluated")
-        assert beside.returncode == 0 and (tmp_path / "evaluated" / "summary.json").exists(), beside
+        for command in (
+            ["report", run],
+            ["checkpoint", "verify", run],
+            ["checkpoint", "list", run],
+            ["checkpoint", "prune", run],
+            ["evaluate", *weights, "--out", tmp_path / "evaluated"],
+        ):
+            let_in = albef_ds(*command)
+            assert let_in.returncode == 0, let_in
+        assert (run / "report.html").exists() and (tmp_path / "evaluated" / "summary.json").exists()
         assert [p.poll() for p in longer.processes] == [None, None]

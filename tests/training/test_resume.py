@@ -86,7 +86,10 @@ def test_the_last_checkpoints_are_kept_and_whole(undisturbed):
         assert set(manifest.files) == {p.name for p in folder.iterdir()} - {MANIFEST}
 
 
-@pytest.mark.parametrize("damage", ["shortened", "one bit flipped", "missing", "manifest cut off"])
+# More kinds of damage, without a run: test_resume_point.py.
+@pytest.mark.parametrize(
+    "damage", ["one bit flipped", *(pytest.param(d, marks=pytest.mark.slow) for d in ("shortened", "missing", "cut"))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(copy, damage):
     newest = checkpoints_of(copy)[-1]
     shard = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
