@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 
+import torch.distributed as dist
+
 from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import load_config
 from albef_ds.data.files import write_atomically
@@ -88,6 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
                 write_atomically(args.out / "summary.json", json.dumps({result.name: result.metrics}, indent=1))
                 print(f"report: {write_report(args.out, samples=result.examples)}")
+        dist.barrier()  # nobody takes the process group down before rank 0 has written
 
 
 if __name__ == "__main__":

@@ -71,10 +71,11 @@ class FolderLock:
         self._beats = 0
         self._intruder: bytes | None = None
         self._ending = threading.Event()
+        self.until_the_end = False  # of the process: set where it may go on writing after this context
 
     def __enter__(self) -> FolderLock:
-        self._made = not self.folder.exists()
         try:
+            self._made = not self.folder.exists()
             self._take()
         except OSError as error:
             raise FolderError(
@@ -88,12 +89,20 @@ class FolderLock:
     def __exit__(self, *exception) -> None:
         self._ending.set()
         self._thread.join(self._beat)
+        if self._thread.is_alive() or self.until_the_end:  # else it might write to what has this file's number then
+            return
         with contextlib.suppress(OSError):  # the folder is gone, or its disk is
-            if _token(_read(self.path)) == self._own["token"]:
+            if self._is_ours():
                 self.path.unlink()
             if self._made:
                 self.folder.rmdir()  # where nothing came of it
         os.close(self._file)
+
+    def _is_ours(self) -> bool:
+        try:
+            return _token(_read(self.path)) == self._own["token"]
+        except PermissionError:  # where what is locked is read by nobody else, it is locked by this process
+            return True
 
     # -- taking it -----------------------------------------------------------------------------------------------------
 
@@ -102,8 +111,7 @@ class FolderLock:
             self._file = self._open()
             try:
                 locked = self._lock()
-                if locked is not None and _is_at(self._file, self.path):
-                    self._look_for_another(locked)
+                if locked is not None and _is_at(self._file, self.path) and not self._another_ends(locked):
                     self._say()
                     if not locked:
                         self._settle()
@@ -167,18 +175,26 @@ class FolderLock:
             return said
         return b""
 
-    def _look_for_another(self, locked: bool) -> None:
-        """After an owner that did not remove the file: whether it lives, for all that the lock says."""
+    def _another_ends(self, locked: bool) -> bool:
+        """Whether an owner that had not removed the file does so just now. Raises FolderError where one lives, for all
+        that the lock says."""
         left = os.pread(self._file, _LARGEST, 0)
         if _token(left) is None or (locked and _parsed(left).get("boot") == self._own["boot"]):
-            return  # nobody's, or of this machine, where the lock has gone with it
+            return False  # nobody's, or of this machine, where the lock has gone with it
         log.warning("%s: left by %s; waiting %g s for a sign of life", self.path, _who(left), self._silence)
         deadline = time.monotonic() + self._silence
         while time.monotonic() < deadline:
             time.sleep(self._beat / 10)
-            if (said := _read(self.path)) != left:
+            try:
+                said = _read(self.path)
+            except PermissionError:  # the lock is so strict that it tells all
+                return False
+            if said is None:
+                return True
+            if said != left:
                 raise self._held(said)
         log.warning("%s: no sign of life: taken over", self.folder)
+        return False
 
     def _settle(self) -> None:
         """Without a lock two may have come this far at once: the one that wrote last stays."""
@@ -212,6 +228,8 @@ class FolderLock:
         while not self._ending.wait(self._beat):
             with contextlib.suppress(OSError):  # the file system is away for now
                 found = _read(self.path)
+                if self._ending.is_set():
+                    return
                 if found is None:
                     self._put_back()
                 elif _token(found) in (None, self._own["token"]):
@@ -222,7 +240,7 @@ class FolderLock:
                 elif self._intruder == found:  # a copy of another folder's: nobody stands behind it
                     self._intruder, self._beats = None, 0
                     self._say()
-                elif not self._ending.is_set():
+                else:
                     say(f"process {os.getpid()} ends: {self.folder} was taken over by {_who(found)}")
                     os._exit(2)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import BatchPlan, Config, ConfigError, find_named, load_config, plan_batches
@@ -179,9 +180,11 @@ class Run:
                 start = resume_point(out, config.checkpoint, resume)
                 self.build()
                 watchdog.limit_groups()
-                return self.watched(start, signals, watchdog)
+                self.watched(start, signals, watchdog)
+                dist.barrier()  # rank 0 writes the report: nobody takes the process group down before
+        return 0
 
-    def watched(self, start_from: Path | None, signals: StopSignals, watchdog) -> int:
+    def watched(self, start_from: Path | None, signals: StopSignals, watchdog) -> None:
         from albef_ds.data.loader import build_loader
         from albef_ds.data.prefetch import on_device
         from albef_ds.training.attempts import Attempts
@@ -247,7 +250,6 @@ class Run:
         if start >= total and written.exists():  # trained already: evaluated anew, its speed and losses are still true
             summary |= json.loads(written.read_text(encoding="utf-8"))
         self.finish(summary)
-        return 0
 
     @property
     def arithmetic(self) -> torch.dtype:

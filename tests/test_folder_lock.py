@@ -209,7 +209,7 @@ def test_a_lock_of_another_machine_is_believed_while_it_gives_signs_of_life(tmp_
 def test_of_two_that_take_it_at_once_without_locks_one_stays(tmp_path, monkeypatch):
     """Both have looked and found nobody before either has written."""
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    monkeypatch.setattr(FolderLock, "_look_for_another", lambda *_: None)
+    monkeypatch.setattr(FolderLock, "_another_ends", lambda *_: False)
     together, ended = threading.Barrier(2), []
 
     def take() -> None:
@@ -267,6 +267,33 @@ def test_an_owner_whose_file_was_removed_puts_it_back(tmp_path, holder):
 
 
 # -- folders that cannot be had ----------------------------------------------------------------------------------------
+
+
+def test_a_name_that_no_file_system_takes_is_named():
+    with pytest.raises(FolderError, match="cannot be written to: .*File name too long"), lock(Path("/tmp", "x" * 300)):
+        pass
+
+
+def test_an_owner_that_ends_while_it_is_watched_leaves_the_folder(tmp_path, monkeypatch):
+    left = {"process": 7, "host": "far", "boot": "1", "token": "t"}
+    (tmp_path / OWNER).write_text(json.dumps(left))
+    threading.Timer(0.2, (tmp_path / OWNER).unlink).start()
+    with FolderLock(tmp_path, beat=0.1, silence=30):
+        assert json.loads((tmp_path / OWNER).read_text())["process"] == os.getpid()
+
+
+def test_a_lock_that_is_to_last_goes_with_the_process(tmp_path):
+    code = "import sys; from albef_ds.folder_lock import FolderLock\n"
+    code += "with FolderLock(sys.argv[1]) as held:\n    held.until_the_end = True\n"
+    code += "print('left', flush=True); sys.stdin.readline()"
+    command, pipes = [sys.executable, "-c", code, str(tmp_path)], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "left\n"
+    with pytest.raises(FolderError, match=f"process {process.pid} on"), lock(tmp_path):
+        pass
+    process.communicate("\n")
+    with lock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("there", ["file", "pipe", "link"])

@@ -8,10 +8,10 @@ Memory: 16 bytes an entry, and a few images a process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -28,7 +28,7 @@ from albef_ds.data.images import MAX_PIXELS, ImageError
 from albef_ds.data.pack_sources import read_entries
 from albef_ds.data.shard_format import MANIFEST, REJECTS, Manifest, ShardInfo, index_text, sample_json
 from albef_ds.data.shard_writer import HashedTar, sound_jpeg
-from albef_ds.folder_lock import FolderLock
+from albef_ds.folder_lock import OWNER, FolderLock
 from albef_ds.processes import die_with_parent
 
 _WORK, _IDENTITY = ".packing", "identity.json"  # in OUT, until all is done
@@ -87,7 +87,11 @@ def pack(
             shards = _count(work, settings)
             _pack_all(out, range(shards), workers, progress)
             _finish(out, shards, identity)
-    shutil.rmtree(work, ignore_errors=True)
+        for path in work.iterdir():  # but for the lock, which ends itself
+            if path.name != OWNER:
+                path.unlink()
+    with contextlib.suppress(OSError):  # another process has just entered: it will find all done
+        work.rmdir()
     return _finished(out, identity)
 
 

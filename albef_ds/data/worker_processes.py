@@ -11,7 +11,8 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -39,17 +40,17 @@ def batches_of(loader: DataLoader) -> Iterator:
 
     Raises what is `Raised`, and WorkerLostError.
     """
-    before = set(multiprocessing.active_children())
     # The kernel means the thread, not the process, that has started it; and a fork server would stand between.
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and multiprocessing.get_start_method() in ("fork", "spawn"):
         loader.worker_init_fn = partial(_start, os.getpid())
+    before = set(multiprocessing.active_children())
     try:
         batches = iter(loader)
-    except BaseException:
+    except BaseException:  # some may have started
         _kill(set(multiprocessing.active_children()) - before)
         raise
-    workers = set(multiprocessing.active_children()) - before
+    workers = list(batches._workers) if loader.num_workers else []
     try:
         with lost_workers_named():
             for batch in batches:
@@ -80,7 +81,7 @@ def _start(parent: int, worker: int) -> None:
     die_with_parent(parent)
 
 
-def _end(batches: Iterator, workers: set) -> None:
+def _end(batches: Iterator, workers: Collection) -> None:
     """Torch's own way, in a thread, because it waits for its own threads without limit; then SIGKILL, which nobody can
     block."""
     # As torch 2.11 does it where nothing refers to the iterator any more.
@@ -91,9 +92,15 @@ def _end(batches: Iterator, workers: set) -> None:
     _kill(workers)
 
 
-def _kill(workers: set) -> None:
-    for worker in workers:
-        worker.kill()
+def _kill(workers: Collection) -> None:
+    """Torch's error that a worker is lost may come between any two lines here: it is no news, and stops nothing."""
     for worker in workers:
         with contextlib.suppress(WorkerLostError), lost_workers_named():
-            worker.join(ENDING_SECONDS)
+            worker.kill()
+    deadline = time.monotonic() + ENDING_SECONDS
+    for worker in workers:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(WorkerLostError), lost_workers_named():
+                worker.join(0.1)
+                if not worker.is_alive():
+                    break

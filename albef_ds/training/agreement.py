@@ -45,8 +45,8 @@ def hold(folder: Path, held: ExitStack) -> None:
     """Rank 0 locks the folder for all of its run, until `held` ends. Collective. Raises FolderError."""
 
     def take() -> None:
-        held.enter_context(FolderLock(folder))
-        held.callback(finish_writing)  # before the lock is given up
+        lock = held.enter_context(FolderLock(folder))
+        held.callback(lambda: setattr(lock, "until_the_end", not finish_writing()))  # before the lock is given up
 
     from_rank_zero(take, FolderError)
 

@@ -87,8 +87,8 @@ def run_prune(args: argparse.Namespace) -> int:
         raise CheckpointError(f"--keep {args.keep}: at least one checkpoint stays")
     folder = _parent(args.folder)
     with ExitStack() as held:
-        if args.yes and folder.resolve().name == "checkpoints":  # of a run's folder, which the run owns while it trains
-            held.enter_context(FolderLock(folder.resolve().parent))
+        if args.yes and folder.absolute().name == "checkpoints":  # else it is no run's
+            held.enter_context(FolderLock(folder.absolute().parent))
         complete = complete_folders(folder)
         if not complete:
             raise CheckpointError(f"{folder}: no complete checkpoint")

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from albef_ds.config import CheckpointConfig
 from albef_ds.data.files import write_atomically
 from albef_ds.training import ending
-from albef_ds.training.checkpoint_files import disk_error, free_space, remove_folder, sync_folder, write_tensors
+from albef_ds.training.checkpoint_files import disk_error, free_space, sync_folder, write_tensors
 from albef_ds.training.checkpoint_manifest import MANIFEST, CheckpointError, FileEntry, Manifest, check_size
-from albef_ds.training.retention import complete_folders, prune, set_aside, step_folder, step_folders
+from albef_ds.training.retention import prune, set_aside, step_folder
 from albef_ds.training.upload import Uploader
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,13 @@ class SaveTiming:
     bytes: int
 
 
-def finish_writing() -> None:
-    """After an error a checkpoint may still be written: waits for it, for as long as this process has to end."""
-    for thread in threading.enumerate():
-        if thread.name == CHECKPOINT_THREAD:
-            thread.join(ending.SECONDS)
+def finish_writing() -> bool:
+    """After an error a checkpoint may still be written: waits for it, for as long as this process has to end, and
+    returns whether that is over."""
+    threads = [thread for thread in threading.enumerate() if thread.name == CHECKPOINT_THREAD]
+    for thread in threads:
+        thread.join(ending.SECONDS)
+    return not any(thread.is_alive() for thread in threads)
 
 
 class CheckpointWriter:
@@ -188,9 +190,6 @@ class CheckpointWriter:
     def _prepare(self, target: Path, step: int) -> None:
         if self.new_course and self.folder.is_dir():
             set_aside(self.folder, step)
-            # What a killed run has left of its first: two of them would look like a run that has lost its manifests.
-            for path in set(step_folders(self.folder)) - set(complete_folders(self.folder)):
-                remove_folder(path, first=MANIFEST)
         self.new_course = False
         if target.exists():
             shutil.rmtree(target)  # an incomplete one of a killed run

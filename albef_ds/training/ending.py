@@ -18,8 +18,8 @@ SECONDS = 60.0  # as faults.dead_seconds is by default, within which the other r
 
 
 def end_soon(code: int, seconds: float = SECONDS) -> None:
-    """From now on this process has so many seconds to end by itself; then it ends with this status. For the main thread
-    of a process that has nothing else to do."""
+    """From now on this process has so many seconds to end by itself; then it ends with this status, or, where Python is
+    being taken down already, by SIGALRM. For the main thread of a process that has nothing else to do."""
 
     def end() -> None:
         time.sleep(seconds)

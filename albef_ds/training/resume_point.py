@@ -81,7 +81,12 @@ def newest_usable(folder: Path, upload: str | None) -> tuple[Path | None, list[s
             return checkpoint, faults
     if upload is None:
         return None, faults
-    found, remote = download_newest(upload, folder)
+    try:
+        found, remote = download_newest(upload, folder)
+    except CheckpointError as error:
+        if not faults:
+            raise
+        return None, [*faults, str(error)]
     return found, faults + remote
 
 

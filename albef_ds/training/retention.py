@@ -74,13 +74,19 @@ def set_summary_aside(out: Path) -> None:
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
-    """Renames complete checkpoints of `step` and later: the run starts before them, so they are of another course, and
-    a resume would otherwise prefer them. Returns their new names."""
-    moved = []
-    for path in complete_folders(folder):
-        if step_of(path.name) < step:
-            continue
+    """Renames what another course of the run has left than the one whose next checkpoint is of `step`, or later:
+    complete checkpoints from there on, which a resume would otherwise prefer; links, which saving would meet; and,
+    where none is complete, incomplete ones, which may be all that is left of a run. A single one of these is what a
+    killed run leaves of its first, and is removed. Returns the new names."""
+    moved, complete = [], complete_folders(folder)
+    links = [path for path in folder.iterdir() if step_of(path.name) is not None and path.is_symlink()]
+    incomplete = [] if complete else step_folders(folder)
+    if len(incomplete) == 1:
+        remove_folder(incomplete.pop(), first=MANIFEST)
+    for path in [*(path for path in complete if step_of(path.name) >= step), *links, *incomplete]:
         target = folder / f"{ASIDE}{path.name}"
+        if target.is_symlink():
+            target.unlink()
         remove_folder(target, first=MANIFEST)
         path.rename(target)
         moved.append(target)

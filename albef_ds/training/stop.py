@@ -119,7 +119,7 @@ class StopSignals:
         self.received = LAUNCHER
         say(f"rank {rank}: {gone} is gone: saving after the next step, then ending")
         if not self._left.wait(patience):
-            say(f"rank {rank} ends: {gone} is gone, and {patience:g} s later (faults.dead_seconds) nothing was saved")
+            say(f"rank {rank} ends: {gone} is gone, and {patience:g} s later (faults.dead_seconds) it had not ended")
             os._exit(EXIT_REQUEUE)
 
 

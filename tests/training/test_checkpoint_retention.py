@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from albef_ds.training.checkpoint_manifest import MANIFEST
-from albef_ds.training.retention import complete_folders, prune, set_aside, step_folder, step_folders, superfluous
+from albef_ds.training.retention import (
+    ASIDE,
+    complete_folders,
+    prune,
+    set_aside,
+    step_folder,
+    step_folders,
+    superfluous,
+)
 
 
 def make(folder: Path, *steps: int, complete: bool = True) -> None:
@@ -69,3 +77,19 @@ def test_later_checkpoints_of_another_course_are_set_aside_not_lost(tmp_path):
     make(tmp_path, 20)
     prune(tmp_path, keep=1)
     assert names(tmp_path) == ["set_aside_step_00000020", "set_aside_step_00000030", "step_00000020"]
+
+
+def test_before_a_run_that_starts_over_saves_links_and_remains_are_set_aside(tmp_path):
+    make(tmp_path, 3, 5, complete=False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MANIFEST).write_text("{}")
+    (tmp_path / step_folder(4)).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"{ASIDE}{step_folder(4)}").symlink_to(tmp_path / "elsewhere")
+    set_aside(tmp_path, 4)
+    assert names(tmp_path) == ["elsewhere", *(f"{ASIDE}{step_folder(step)}" for step in (3, 4, 5))]
+    assert (tmp_path / "elsewhere" / MANIFEST).exists()
+
+
+def test_what_a_killed_run_left_of_its_first_is_removed(tmp_path):
+    make(tmp_path, 3, complete=False)
+    assert set_aside(tmp_path, 2) == [] and names(tmp_path) == []
