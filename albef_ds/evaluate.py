@@ -23,7 +23,7 @@ from albef_ds.build import build_task, with_vocabulary
 from albef_ds.config import load_config
 from albef_ds.data.files import write_atomically
 from albef_ds.train import USER_ERRORS, tell
-from albef_ds.training.ending import end_soon
+from albef_ds.training.ending import last_resort
 from albef_ds.training.stop import StopSignals
 
 
@@ -46,20 +46,16 @@ def run(args: argparse.Namespace, whole_process: bool = False) -> int:
     """Exit status. whole_process: this process has nothing else to do afterwards."""
     from albef_ds.training.engine import leave_distributed
 
-    try:
-        with StopSignals() if whole_process else nullcontext():
-            evaluate(args)
-        code = 0
-    except USER_ERRORS as error:
-        tell(error)
-        code = 2
-    except BaseException:
-        if whole_process:
-            end_soon(1)
-        raise
-    if whole_process:
-        end_soon(code)
-    leave_distributed(together=code == 0)
+    with last_resort(whole_process) as known:
+        try:
+            with StopSignals() if whole_process else nullcontext():
+                evaluate(args)
+            code = 0
+        except USER_ERRORS as error:
+            tell(error)
+            code = 2
+        known(code)
+        leave_distributed(together=code == 0)
     return code
 
 

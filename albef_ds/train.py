@@ -36,7 +36,7 @@ from albef_ds.model.weight_files import WeightsError
 from albef_ds.training.bad_steps import BadStepsError
 from albef_ds.training.checkpoint import CheckpointError
 from albef_ds.training.ds_config import DeepSpeedConfigError, load_deepspeed_config
-from albef_ds.training.ending import end_soon
+from albef_ds.training.ending import last_resort
 from albef_ds.training.spikes import SpikeError
 from albef_ds.training.stop import EXIT_REQUEUE, Stopped, StopSignals
 from albef_ds.training.watchdog import EXIT_RANK_LOST
@@ -63,7 +63,6 @@ USER_ERRORS = (
 def main(argv: list[str] | None = None) -> int:
     from albef_ds.training.engine import leave_distributed
 
-    whole_process = argv is None  # which ends with this function; else somebody else goes on in it
     args = parse(argv)
     logging.basicConfig(
         level=logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR,
@@ -71,18 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    try:
+    with last_resort(whole_process=argv is None) as known:
         code, run = outcome(args)
-    except BaseException:
-        if whole_process:
-            end_soon(1)
-        raise
-    if whole_process:
-        end_soon(code)
-    if run is not None and run.engine is not None:
-        run.engine.destroy()
-    del run  # the engine's groups end with the last reference to them
-    leave_distributed(together=code in (0, EXIT_REQUEUE))
+        known(code)
+        if run is not None and run.engine is not None:
+            run.engine.destroy()
+        del run  # the engine's groups end with the last reference to them
+        leave_distributed(together=code in (0, EXIT_REQUEUE))
     return code
 
 

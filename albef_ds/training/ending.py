@@ -11,10 +11,26 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from albef_ds.processes import say
 
 SECONDS = 60.0  # as faults.dead_seconds is by default, within which the other ranks of a failed one end
+
+
+@contextmanager
+def last_resort(whole_process: bool) -> Iterator[Callable[[int], None]]:
+    """Around all that a command does; what it yields is to be called with the exit status as soon as that is known.
+
+    whole_process: this process has nothing else to do afterwards; False: nothing is ended, somebody else goes on in it.
+    """
+    try:
+        yield end_soon if whole_process else lambda code: None
+    except BaseException:
+        if whole_process:
+            end_soon(1)
+        raise
 
 
 def end_soon(code: int, seconds: float = SECONDS) -> None:
