@@ -114,7 +114,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, first: str) -> None:
-    """Removes a checkpoint, its file `first` before all others, so that a half-removed one is never taken for whole."""
+    """Removes a checkpoint, its file `first` before all others, so that a half-removed one is never taken for whole.
+    Of a link to one, the link goes and nothing else."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     with contextlib.suppress(OSError):
         (folder / first).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

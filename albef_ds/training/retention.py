@@ -85,8 +85,6 @@ def set_aside(folder: Path, step: int) -> list[Path]:
         remove_folder(incomplete.pop(), first=MANIFEST)
     for path in [*(path for path in complete if step_of(path.name) >= step), *links, *incomplete]:
         target = folder / f"{ASIDE}{path.name}"
-        if target.is_symlink():
-            target.unlink()
         remove_folder(target, first=MANIFEST)
         path.rename(target)
         moved.append(target)

@@ -214,6 +214,17 @@ def test_a_damaged_run_goes_on_from_its_copy(uploaded):
     assert torch.load(run / "checkpoints" / step_folder(8) / "a.pt")["x"][0] == 8
 
 
+def test_a_copy_takes_the_place_of_a_link_and_what_that_leads_to_stays(uploaded):
+    run, url = uploaded
+    shutil.rmtree(run / "checkpoints" / step_folder(4))
+    moved_and_linked(run / "checkpoints" / step_folder(8))
+    elsewhere = run.parent / step_folder(8)
+    before = contents(elsewhere)
+    found = resume(run, upload=url)
+    assert found == run / "checkpoints" / step_folder(8) and not found.is_symlink()
+    assert before and contents(elsewhere) == before
+
+
 @pytest.mark.parametrize("here", ["damaged", "nothing"])
 def test_where_the_copies_are_damaged_too_all_are_named_and_nothing_touched(uploaded, tmp_path, here):
     run, url = uploaded
